@@ -1,0 +1,37 @@
+"""Which implementation runs: one pure decision, with its reason."""
+
+from importlib.util import find_spec
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+TRITON_INSTALLED = find_spec("triton") is not None
+"""Looked up, not imported: `import fused_tdpo` needs torch alone."""
+
+
+def choose_backend(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], *, triton: bool = TRITON_INSTALLED) -> tuple[str, str]:
+    """The implementation that `backend` means for tensors of these dtypes on this device, and why.
+
+    `"auto"` takes Triton on a GPU and falls back to torch. A name is that implementation or an error, never another one.
+
+    Raises:
+        ValueError: an unknown name. TypeError: a dtype that the named backend does not compute. RuntimeError: Triton is missing.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+    if backend == "triton":
+        if torch.float64 in dtypes:
+            raise TypeError("backend='triton' computes in float32 and refuses float64 logits; use backend='torch' or 'reference'")
+        if not triton:
+            raise RuntimeError("backend='triton' needs the triton package: pip install triton, or use backend='torch'")
+        return "triton", "asked for"
+    if backend != "auto":
+        return backend, "asked for"
+    if device_type != "cuda":
+        return "torch", f"no Triton kernels for device type {device_type!r}"
+    if torch.float64 in dtypes:
+        return "torch", "Triton kernels compute in float32, and the logits are float64"
+    if not triton:
+        return "torch", "the triton package is not installed"
+    return "triton", "GPU tensors"

@@ -1,0 +1,124 @@
+"""Checks of user input, on the host, before anything is launched. Messages say what was expected, what came, and the next step."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_tdpo.types import EXTRAS, REF_EXTRAS
+
+LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LABEL_DTYPES = (torch.int64, torch.int32)
+DIVERGENCES = ("forward_kl",)
+
+
+def describe(tensor: object) -> str:
+    """`(4, 7, 32000) torch.bfloat16 on cuda:0`, or the type of what is not a tensor."""
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    """A float tensor (..., V) with V >= 1 and contiguous columns."""
+    if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_DTYPES:
+        hint = ""
+        if isinstance(logits, Tensor) and logits.dtype in LABEL_DTYPES:
+            hint = " This looks like labels: the order is (policy_logits, ref_logits, labels)."
+        raise TypeError(f"{name} must be a float16, bfloat16, float32 or float64 tensor (..., V); got {describe(logits)}.{hint}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must have a vocabulary axis (..., V) with V >= 1; got {describe(logits)}")
+    if logits.stride(-1) != 1 and logits.shape[-1] != 1:
+        raise ValueError(
+            f"{name} must be contiguous along its last axis, the vocabulary, since rows are read in place; got strides "
+            f"{logits.stride()} for {describe(logits)}. Call .contiguous(), or move the vocabulary last where it is made."
+        )
+
+
+def check_token_stats(
+    policy_logits: Tensor,
+    ref_logits: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    vocab_size: int | None,
+    divergence: str,
+    divergence_alpha: float | None,
+    extras: Sequence[str],
+) -> int:
+    """Everything that can be refused without looking at values. Returns V, the number of columns to use."""
+    check_logits("policy_logits", policy_logits)
+    if ref_logits is not None:
+        check_logits("ref_logits", ref_logits)
+    if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
+        hint = " Are ref_logits and labels swapped?" if isinstance(labels, Tensor) and labels.dim() == policy_logits.dim() else ""
+        raise TypeError(f"labels must be an int64 or int32 tensor; got {describe(labels)}.{hint}")
+    rows = policy_logits.shape[:-1]
+    if labels.shape != rows:
+        hint = ""
+        if labels.shape == (*rows, 1):
+            hint = " Call labels.squeeze(-1) first."
+        elif labels.numel() == rows.numel():
+            hint = f" Call labels.reshape({tuple(rows)}) first."
+        elif labels.dim() and rows and labels.shape[-1] == rows[-1] + 1:
+            hint = " token_stats never shifts: pass labels[..., 1:] with logits[..., :-1, :]."
+        raise ValueError(f"labels must have shape {tuple(rows)} to match policy_logits {describe(policy_logits)}; got {describe(labels)}.{hint}")
+    if ref_logits is not None and ref_logits.shape[:-1] != rows:
+        raise ValueError(
+            f"ref_logits must have the rows of policy_logits, {tuple(rows)}, before its vocabulary axis; got {describe(ref_logits)} "
+            f"beside {describe(policy_logits)}"
+        )
+    for name, tensor in (("ref_logits", ref_logits), ("labels", labels)):
+        if tensor is not None and tensor.device != policy_logits.device:
+            raise ValueError(
+                f"{name} must be on the device of policy_logits, {policy_logits.device}; got {describe(tensor)}. "
+                f"Call {name}.to(policy_logits.device)."
+            )
+    V = check_vocab_size(policy_logits.shape[-1], None if ref_logits is None else ref_logits.shape[-1], vocab_size)
+    if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a finite number > 0; got {temperature!r}")
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(map(repr, DIVERGENCES))} in this version; got {divergence!r}")
+    if divergence_alpha is not None:
+        raise ValueError(f"divergence_alpha belongs to divergence='alpha'; got {divergence_alpha!r} with {divergence!r}")
+    check_extras(extras, has_ref=ref_logits is not None)
+    return V
+
+
+def check_vocab_size(policy_width: int, ref_width: int | None, vocab_size: int | None) -> int:
+    """The number of columns to use of a policy and a reference of these widths."""
+    if vocab_size is None:
+        if ref_width is not None and ref_width != policy_width:
+            raise ValueError(
+                f"policy_logits and ref_logits have different vocabulary widths, {policy_width} and {ref_width}. If one is padded, "
+                f"pass vocab_size (at most {min(policy_width, ref_width)}), the number of real tokens."
+            )
+        return policy_width
+    narrowest = policy_width if ref_width is None else min(policy_width, ref_width)
+    if not 1 <= vocab_size <= narrowest:
+        raise ValueError(
+            f"vocab_size must be between 1 and the narrower vocabulary axis, {narrowest} (policy {policy_width}, reference {ref_width}); "
+            f"got {vocab_size}"
+        )
+    return vocab_size
+
+
+def check_extras(extras: Sequence[str], has_ref: bool) -> None:
+    """Known names, each once, and a reference for those about it."""
+    if isinstance(extras, str) or any(name not in EXTRAS for name in extras):
+        raise ValueError(f"extras must be a sequence of names among {', '.join(map(repr, EXTRAS))}; got {extras!r}")
+    if len(set(extras)) != len(extras):
+        raise ValueError(f"extras names a field twice: {extras!r}")
+    if not has_ref and any(name in REF_EXTRAS for name in extras):
+        raise ValueError(f"extras {', '.join(map(repr, REF_EXTRAS))} need ref_logits; got ref_logits=None")
+
+
+def check_labels_in_range(labels: Tensor, V: int, ignore_index: int) -> None:
+    """Looks at values: synchronises with a GPU."""
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= V))
+    if bad.any():
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"labels must be ignore_index ({ignore_index}) or in [0, {V}); got {int(labels[index])} at index {index}, one of "
+            f"{int(bad.sum())} such. Is ignore_index the one that your collator writes, and vocab_size the tokenizer's?"
+        )

@@ -1,0 +1,227 @@
+"""Autograd around the kernels: `torch.library` ops, which compilers can trace, and the Function that differentiates them.
+
+The ops take logits of any leading shape and strides. A backend is a module with `token_stats_fwd`, `token_stats_bwd` and `empty`.
+"""
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fused_tdpo._checks import check_labels_in_range
+
+_BACKEND_MODULES = {"triton": "fused_tdpo.kernels.token_stats", "torch": "fused_tdpo._torch_backend"}
+
+# names of the outputs of token_stats_fwd, in order, before the extras
+POLICY_STATS = ("logp",)
+PAIR_STATS = ("logp", "ref_logp", "kl")
+
+
+def _backend(name: str, device: torch.device) -> ModuleType:
+    module = importlib.import_module(_BACKEND_MODULES[name])
+    if name == "triton" and device.type == "cpu":
+        from triton import knobs
+
+        if not knobs.runtime.interpret:
+            raise ValueError(
+                "backend='triton' needs GPU tensors, or Triton's interpreter for CPU tensors (set TRITON_INTERPRET=1 before triton is "
+                "first imported); got CPU tensors. Use backend='torch', or 'auto'."
+            )
+    return module
+
+
+def row_views(*tensors: Tensor | None) -> list[list[Tensor | None]]:
+    """Views (outer, inner, V) of tensors (..., V) with equal leading shapes, whatever their strides: no copy.
+
+    Leading axes are merged where every tensor allows it. One list entry is the rule; more than two axes that cannot be merged give
+    one per index of the axes in front.
+    """
+    present = [t for t in tensors if t is not None]
+    axes: list[tuple[int, list[int]]] = []  # (size, stride in each tensor)
+    for axis, size in enumerate(present[0].shape[:-1]):
+        strides = [t.stride(axis) for t in present]
+        if size == 1:
+            continue
+        if axes and all(outer == inner * size for outer, inner in zip(axes[-1][1], strides, strict=True)):
+            axes[-1] = (axes[-1][0] * size, strides)
+        else:
+            axes.append((size, strides))
+    while len(axes) < 2:
+        axes.insert(0, (1, [0] * len(present)))
+
+    *front, (outer, outer_strides), (inner, inner_strides) = axes
+    offsets = [[t.storage_offset() for t in present]]
+    for size, strides in front:
+        offsets = [[o + i * s for o, s in zip(base, strides, strict=True)] for base in offsets for i in range(size)]
+    result = []
+    for base in offsets:
+        views = (
+            t.as_strided((outer, inner, t.shape[-1]), (s_outer, s_inner, 1), offset)
+            for t, s_outer, s_inner, offset in zip(present, outer_strides, inner_strides, base, strict=True)
+        )
+        result.append([None if t is None else next(views) for t in tensors])
+    return result
+
+
+@torch.library.custom_op(
+    "fused_tdpo::token_stats_fwd",
+    mutates_args=(),
+    schema="(Tensor policy, Tensor? ref, Tensor labels, int V, int ignore_index, float temperature, str extras, bool check_labels, "
+    "str backend) -> Tensor[]",
+)
+def token_stats_fwd(
+    policy: Tensor,
+    ref: Tensor | None,
+    labels: Tensor,
+    V: int,
+    ignore_index: int,
+    temperature: float,
+    extras: str,
+    check_labels: bool,
+    backend: str,
+) -> list[Tensor]:
+    """logp, with a reference ref_logp and kl, the extras (comma-separated names), each of labels' shape; then `saved` (4, N)."""
+    if check_labels:
+        check_labels_in_range(labels, V, ignore_index)
+    module = _backend(backend, policy.device)
+    names = tuple(extras.split(",")) if extras else ()
+    flat = labels.to(torch.int64).contiguous().flatten()
+    views = row_views(policy, ref)
+    parts = [
+        module.token_stats_fwd(x, z, y, V=V, ignore_index=ignore_index, temperature=temperature, extras=names)
+        for (x, z), y in zip(views, flat.chunk(len(views)), strict=True)
+    ]
+    stats, saved = parts[0]
+    if len(parts) > 1:
+        stats = {name: torch.cat([part[name] for part, _ in parts]) for name in stats}
+        saved = torch.cat([part for _, part in parts], dim=-1)
+    return [*(stat.view(labels.shape) for stat in stats.values()), saved]
+
+
+@token_stats_fwd.register_fake
+def _(policy, ref, labels, V, ignore_index, temperature, extras, check_labels, backend):  # type: ignore[no-untyped-def]
+    dtype = stats_dtype(policy, ref)
+    count = len(POLICY_STATS if ref is None else PAIR_STATS) + (len(extras.split(",")) if extras else 0)
+    stats = [policy.new_empty(labels.shape, dtype=dtype) for _ in range(count)]
+    return [*stats, policy.new_empty((4, labels.numel()), dtype=dtype)]
+
+
+def stats_dtype(policy: Tensor, ref: Tensor | None) -> torch.dtype:
+    """float64 where the logits of either model are, else float32."""
+    return torch.float64 if torch.float64 in (policy.dtype, None if ref is None else ref.dtype) else torch.float32
+
+
+_BWD_ARGUMENTS = (
+    "Tensor? ref, Tensor labels, Tensor saved, Tensor? g_logp, Tensor? g_kl, int V, int ignore_index, float temperature, str backend"
+)
+
+
+def _write_gradient(
+    policy: Tensor,
+    ref: Tensor | None,
+    labels: Tensor,
+    saved: Tensor,
+    g_logp: Tensor | None,
+    g_kl: Tensor | None,
+    V: int,
+    ignore_index: int,
+    temperature: float,
+    backend: str,
+    d_policy: Tensor,
+) -> None:
+    module = _backend(backend, policy.device)
+    flat = labels.to(torch.int64).contiguous().flatten()
+    upstream = [None if g is None else g.to(saved.dtype).contiguous().flatten() for g in (g_logp, g_kl)]
+    views = row_views(policy, ref, d_policy)
+    rows = flat.numel() // len(views)
+    for k, (x, z, d) in enumerate(views):
+        part = slice(k * rows, (k + 1) * rows)
+        g_l, g_k = (None if g is None else g[part] for g in upstream)
+        own = saved if len(views) == 1 else saved[:, part].contiguous()
+        module.token_stats_bwd(x, z, flat[part], own, g_l, g_k, d, V=V, ignore_index=ignore_index, temperature=temperature)
+
+
+@torch.library.custom_op("fused_tdpo::token_stats_bwd", mutates_args=(), schema=f"(Tensor policy, {_BWD_ARGUMENTS}) -> Tensor")
+def token_stats_bwd(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend):  # type: ignore[no-untyped-def]
+    """The gradient of the policy logits, in a fresh contiguous tensor; `saved` is the last output of `token_stats_fwd`."""
+    d_policy = _backend(backend, policy.device).empty(policy.shape, dtype=policy.dtype, device=policy.device)
+    _write_gradient(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend, d_policy)
+    return d_policy
+
+
+@token_stats_bwd.register_fake
+def _(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend):  # type: ignore[no-untyped-def]
+    return policy.new_empty(policy.shape)
+
+
+@torch.library.custom_op("fused_tdpo::token_stats_bwd_", mutates_args=("policy",), schema=f"(Tensor(a!) policy, {_BWD_ARGUMENTS}) -> ()")
+def token_stats_bwd_(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend):  # type: ignore[no-untyped-def]
+    """The same, written over the policy logits. A mutating op: autograd counts a new version of them."""
+    _write_gradient(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend, policy)
+
+
+@token_stats_bwd_.register_fake
+def _(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend):  # type: ignore[no-untyped-def]
+    return None
+
+
+_TWICE = (
+    "token_stats has no second derivative (its backward is a kernel): a double backward, as create_graph=True asks for, needs "
+    "backend='reference'"
+)
+
+
+def _refuse_double_backward(ctx: object, *grads: Tensor) -> None:
+    raise RuntimeError(_TWICE)
+
+
+token_stats_bwd.register_autograd(_refuse_double_backward)
+
+
+class TokenStatsFunction(torch.autograd.Function):
+    """Differentiable `token_stats` on checked arguments: `(logp[, ref_logp, kl], *extras)`, each of `labels`' shape.
+
+    `logp` and `kl` carry gradients to `policy`; d_policy = g_logp (e_y - p) + g_kl (p - q), over the temperature. Saves the
+    logits it was given, the labels and four numbers a row. Call it through `fused_tdpo.token_stats`, which checks and names.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,  # type: ignore[no-untyped-def]
+        policy: Tensor,
+        ref: Tensor | None,
+        labels: Tensor,
+        V: int,
+        ignore_index: int,
+        temperature: float,
+        extras: str,
+        check_labels: bool,
+        inplace_backward: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        *stats, saved = torch.ops.fused_tdpo.token_stats_fwd(
+            policy, ref, labels, V, ignore_index, temperature, extras, check_labels, backend
+        )
+        ctx.save_for_backward(policy, ref, labels, saved)
+        ctx.options = (V, ignore_index, temperature, backend)
+        ctx.inplace_backward = inplace_backward
+        ctx.set_materialize_grads(False)
+        differentiable = (0,) if ref is None else (0, 2)  # logp and kl
+        ctx.mark_non_differentiable(*(stat for i, stat in enumerate(stats) if i not in differentiable))
+        return tuple(stats)
+
+    @staticmethod
+    def backward(ctx, g_logp: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
+        policy, ref, labels, saved = ctx.saved_tensors
+        g_kl = None if ref is None else grads[1]
+        if g_logp is None and g_kl is None:
+            d_policy = None
+        elif ctx.inplace_backward:
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"{_TWICE} and inplace_backward=False")
+            torch.ops.fused_tdpo.token_stats_bwd_(policy, ref, labels, saved, g_logp, g_kl, *ctx.options)
+            d_policy = policy.detach()
+        else:
+            d_policy = torch.ops.fused_tdpo.token_stats_bwd(policy, ref, labels, saved, g_logp, g_kl, *ctx.options)
+        return d_policy, *(None,) * 9

@@ -1,0 +1,87 @@
+"""The specification: what the fused kernels must compute, written as plainly as the paper. torch only, any float dtype.
+
+Nothing here is fast or small. Tests, benchmarks and `backend="reference"` use this one function as their oracle, in float64
+where they need the truth. With p = softmax(policy / temperature) and q = softmax(ref / temperature) of one row:
+
+    logp = log p(y)      ref_logp = log q(y)      kl = KL(q || p) = sum_v q(v) (log q(v) - log p(v))
+
+Conventions: q(v) = 0 contributes 0 to the KL whatever log p(v) is; q(v) > 0 with p(v) = 0 makes it +inf; a row whose label is
+`ignore_index` gives exactly 0 everywhere, and a zero gradient, even where its logits hold NaN.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_tdpo.types import TokenStats
+
+
+def token_stats_reference(
+    policy_logits: Tensor,
+    ref_logits: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    extras: Sequence[str] = (),
+) -> TokenStats:
+    """Per-token statistics by `log_softmax` over full-vocabulary tensors; gradients by autograd.
+
+    Args:
+        policy_logits: (..., V) float tensor; float16 and bfloat16 are computed in float32.
+        ref_logits: (..., V) float tensor of any float dtype, or None. Receives no gradient.
+        labels: (...) int64 or int32; `labels[i]` is the token that `policy_logits[i]` predicts.
+        ignore_index: label of the rows to skip.
+        temperature: divides the logits of both models.
+        vocab_size: use columns [0, vocab_size) of both; None uses the policy's width.
+        extras: names of further `TokenStats` fields.
+
+    Returns:
+        `TokenStats` of shape `labels.shape`. A label outside [0, vocab_size) gives NaN; checking labels is the caller's.
+    """
+    V = policy_logits.shape[-1] if vocab_size is None else vocab_size
+    ignored = labels == ignore_index
+    valid = (labels >= 0) & (labels < V)
+    y = labels.long().where(valid, 0).unsqueeze(-1)
+
+    def logits_of(logits: Tensor) -> Tensor:  # (..., V), at least float32
+        logits = logits[..., :V].to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.masked_fill(ignored.unsqueeze(-1), 0.0)  # selects: NaN and its gradient do not pass
+
+    def finish(stat: Tensor, needs_label: bool = False) -> Tensor:
+        if needs_label:
+            stat = stat.masked_fill(~valid, float("nan"))
+        return stat.masked_fill(ignored, 0.0)
+
+    def entropy_of(logprobs: Tensor) -> Tensor:
+        probs = logprobs.exp()
+        return -torch.where(probs > 0, probs * logprobs, 0.0).sum(-1)
+
+    x = logits_of(policy_logits)
+    log_p = torch.log_softmax(x / temperature, -1)
+    stats = {"logp": finish(log_p.gather(-1, y).squeeze(-1), needs_label=True)}
+
+    if ref_logits is not None:
+        log_q = torch.log_softmax(logits_of(ref_logits.detach()) / temperature, -1)
+        q = log_q.exp()
+        terms = torch.where(q > 0, q * (log_q - log_p), 0.0)
+        stats["kl"] = finish(terms.sum(-1), needs_label=True)
+        stats["ref_logp"] = finish(log_q.gather(-1, y).squeeze(-1), needs_label=True)
+
+    for name in extras:
+        if name == "entropy":
+            stat = entropy_of(log_p)
+        elif name == "ref_entropy":
+            stat = entropy_of(log_q)
+        elif name == "accuracy":
+            stat = (x.argmax(-1, keepdim=True) == y).squeeze(-1).to(x.dtype)
+        elif name == "mean_logit":
+            stat = x.mean(-1)
+        elif name == "log_sum_sq_probs":
+            stat = torch.logsumexp(2 * log_p, -1)
+        else:
+            raise ValueError(f"unknown extra {name!r}")
+        stats[name] = finish(stat.detach(), needs_label=name == "accuracy")
+    return TokenStats(**stats)

@@ -1,0 +1,668 @@
+"""Triton kernels of `token_stats`: per-token log-prob, reference log-prob, KL(q || p) and extras from two logit tensors.
+
+Letters as in docs/math.md: x policy logits, z reference logits, p = softmax(x/τ), q = softmax(z/τ) of one row of V columns, y its
+label. Three kernels, each reading a logit at most once:
+
+    fold      (row, segment) -> a record of running sums of that segment              reads x, z
+    finish    the records of a row -> logp, ref_logp, kl, extras, and (m, s) of p, q  reads x[y], z[y]
+    backward  (row, chunk) -> d_x = g_logp (e_y - p) + g_kl (p - q)                   reads x, z, writes d_x
+
+How a row is cut is a function of V and the dtypes alone, so a row's bits do not depend on its neighbours. Exponentials are base 2:
+m is the running maximum of x·scale with scale = log2(e)/τ, and s the sum of 2^(x·scale - m).
+
+The KL of a row, with t = (x - z)/τ - c for a pivot c near the q-mean of (x - z)/τ (docs/math.md derives it and its error):
+
+    b = E_q[t],  a = E_q[e^t - 1 - t],  u = a + b,  KL = a - (u - log(1 + u))
+
+`e^t - 1 - t` is a series where |t| < 1/8 ("near"). Elsewhere ("far") q·e^t is p's own exponential, summed apart and rescaled once.
+"""
+
+from dataclasses import dataclass
+from math import log
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOWEST: tl.constexpr = tl.constexpr(-1e38)
+"""Where running maxima start: finite, so that -inf logits subtract to -inf and not to NaN."""
+
+# Fields of a segment's record. "Weighted" sums carry the factor 2^-m of their distribution.
+M_X: tl.constexpr = tl.constexpr(0)  # max of x·scale
+S_X: tl.constexpr = tl.constexpr(1)  # sum of 2^(x·scale - m_x)
+M_Z: tl.constexpr = tl.constexpr(2)
+S_Z: tl.constexpr = tl.constexpr(3)
+PIVOT: tl.constexpr = tl.constexpr(4)  # c
+B: tl.constexpr = tl.constexpr(5)  # weighted sum of t under q
+A: tl.constexpr = tl.constexpr(6)  # weighted sum of near e^t - 1 - t and far -1 - t under q
+FAR: tl.constexpr = tl.constexpr(7)  # weighted sum of 1 over far columns under p: their q·e^t
+H_X: tl.constexpr = tl.constexpr(8)  # weighted sum of x·scale - m_x under p
+H_Z: tl.constexpr = tl.constexpr(9)
+SQUARES: tl.constexpr = tl.constexpr(10)  # sum of 4^(x·scale - m_x)
+SUM_X: tl.constexpr = tl.constexpr(11)  # sum of x
+BEATEN: tl.constexpr = tl.constexpr(12)  # 1 if a column beats the label: a larger logit, or an equal one before it
+NUM_FIELDS = 13
+
+
+# ------------------------------------------------------------------------------------------------------------ device helpers
+
+
+@triton.jit
+def _row_offset(row, inner, outer_stride, inner_stride):
+    """Offset of a row of an (outer, inner, V) tensor, in int64, in the units of the strides."""
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def _row(ptr, row, inner, outer_stride, inner_stride, WIDE: tl.constexpr, E: tl.constexpr):
+    """Pointer to a row; strides in groups of E columns. WIDE promises that it is 16-byte aligned."""
+    ptr += _row_offset(row, inner, outer_stride, inner_stride) * E
+    return tl.multiple_of(ptr, 16) if WIDE else ptr
+
+
+@triton.jit
+def _load(row_ptr, group, limit, E: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr):
+    """Logits of the column groups `group` (K, T, 1), E columns each, as float32 (K, T, E); columns from `limit` on are -inf.
+
+    A masked group is loaded whole, which keeps the access 128 bits wide: `is_wide` has checked that its memory exists.
+    """
+    lane = tl.arange(0, E)[None, None, :]
+    if WIDE and row_ptr.dtype.element_ty == tl.bfloat16:
+        # as words of two: unpacking by shift and mask is one instruction a pair cheaper than Triton's own conversion
+        words = row_ptr.to(tl.pointer_type(tl.int32)) + (group * (E // 2) + tl.arange(0, E // 2)[None, None, :])
+        w = tl.load(words, mask=group * E < limit, other=0) if MASKED else tl.load(words)
+        even = (w << 16).to(tl.float32, bitcast=True)
+        odd = (w & -65536).to(tl.float32, bitcast=True)
+        x = tl.reshape(tl.join(even, odd), (w.shape[0], w.shape[1], E))
+    else:
+        ptrs = row_ptr + (group * E + lane)
+        x = (tl.load(ptrs, mask=group * E < limit, other=0.0) if MASKED else tl.load(ptrs)).to(tl.float32)
+    if MASKED:
+        x = tl.where(group * E + lane < limit, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def _by_thread(tile):
+    """(K, T, E) -> (T, K·E): what a thread holds becomes one row, so that reducing axis 1 needs neither shuffle nor barrier."""
+    return tl.reshape(tl.permute(tile, (1, 0, 2)), (tile.shape[1], tile.shape[0] * tile.shape[2]))
+
+
+@triton.jit
+def _load_label_logit(row_ptr, label, V):
+    """The label's logit as float32; -inf for a label outside [0, V), without touching memory."""
+    inside = (label >= 0) & (label < V)
+    return tl.load(row_ptr + label, mask=inside, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _rescaled(total, factor):
+    """total·factor, where total may be infinite and the factor 0 (its mass is gone): 0, not NaN."""
+    return tl.where(factor > 0, total * factor, 0.0)
+
+
+@triton.jit
+def _weighted_delta(x, z, top, scale, inv_temperature):
+    """(w, w·d) with w = 2^(z·scale - top) and d = (x - z)/τ, both 0 where d is not finite."""
+    d = (x - z) * inv_temperature
+    usable = tl.abs(d) < 1e30
+    w = tl.where(usable, tl.exp2(z * scale - top), 0.0)
+    return w, w * tl.where(usable, d, 0.0)
+
+
+@triton.jit
+def _pivot(x, z, x_label, z_label, scale, inv_temperature):
+    """q-weighted mean of (x - z)/τ over a (T, K·E) tile and the label, finite whatever the logits hold."""
+    top = tl.maximum(tl.maximum(tl.max(tl.max(z, axis=1), axis=0), z_label) * scale, LOWEST)
+    w, wd = _weighted_delta(x, z, top, scale, inv_temperature)
+    w_label, wd_label = _weighted_delta(x_label, z_label, top, scale, inv_temperature)
+    total = tl.sum(tl.sum(w, axis=1), axis=0) + w_label
+    return tl.where(total > 0, (tl.sum(tl.sum(wd, axis=1), axis=0) + wd_label) / total, 0.0)
+
+
+@triton.jit
+def _fold_tile(
+    state, x, z, group, limit, pivot, x_label, label_group, scale, inv_temperature,
+    MASKED: tl.constexpr, ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, ACCURACY: tl.constexpr, MEAN_LOGIT: tl.constexpr,
+    SQUARE_SUM: tl.constexpr,
+):  # fmt: skip
+    """Folds a (T, K·E) tile, column groups `group` (T, K), into the per-thread running sums `state`, a tuple of (T,) vectors."""
+    m_x, s_x, m_z, s_z, b, a, far, h_x, h_z, squares, sum_x, beaten = state
+
+    m_x_old = m_x
+    m_x = tl.maximum(m_x_old, tl.max(x, axis=1) * scale)
+    r_x = tl.exp2(m_x_old - m_x)
+    log_x = x * scale - m_x[:, None]
+    e_x = tl.exp2(log_x)
+    if ENTROPY:
+        h_x = (h_x + (m_x_old - m_x) * s_x) * r_x + tl.sum(e_x * tl.maximum(log_x, LOWEST), axis=1)  # 0·LOWEST where p = 0
+    if SQUARE_SUM:
+        squares = squares * r_x * r_x + tl.sum(e_x * e_x, axis=1)
+    if MEAN_LOGIT:
+        if MASKED:
+            E: tl.constexpr = x.shape[1] // group.shape[1]
+            column = tl.reshape(group[:, :, None] * E + tl.arange(0, E)[None, None, :], x.shape)
+            sum_x += tl.sum(tl.where(column < limit, x, 0.0), axis=1)
+        else:
+            sum_x += tl.sum(x, axis=1)
+    if ACCURACY:
+        # by groups; the label's own group is looked at once, at the end
+        top = tl.max(tl.reshape(x, (group.shape[0], group.shape[1], x.shape[1] // group.shape[1])), axis=2)
+        ahead = tl.where(group < label_group, top >= x_label, (top > x_label) & (group != label_group))
+        beaten = tl.maximum(beaten, tl.max(ahead.to(tl.float32), axis=1))
+    s_x = s_x * r_x + tl.sum(e_x, axis=1)
+
+    if z is not None:
+        m_z_old = m_z
+        m_z = tl.maximum(m_z_old, tl.max(z, axis=1) * scale)
+        r_z = tl.exp2(m_z_old - m_z)
+        log_z = z * scale - m_z[:, None]
+        e_z = tl.exp2(log_z)
+        if REF_ENTROPY:
+            h_z = (h_z + (m_z_old - m_z) * s_z) * r_z + tl.sum(e_z * tl.maximum(log_z, LOWEST), axis=1)
+        s_z = s_z * r_z + tl.sum(e_z, axis=1)
+        # q = 0: any finite t in the far range. x - z is NaN where both are -inf, and p's mass there must count as far.
+        t = tl.where(e_z > 0, (x - z) * inv_temperature - pivot, 1.0)
+        near = tl.abs(t) < 0.125
+        # (e^t - 1 - t)/t² on the near range, minimax: relative error 1e-7
+        ratio = ((t * 0.00833426 + 0.04168793) * t + 0.16666669) * t + 0.49999997
+        a = _rescaled(a, r_z) + tl.sum(e_z * tl.where(near, t * (t * ratio), -1.0 - t), axis=1)
+        b = _rescaled(b, r_z) + tl.sum(e_z * t, axis=1)
+        far = far * r_x + tl.sum(tl.where(near, 0.0, e_x), axis=1)
+    return m_x, s_x, m_z, s_z, b, a, far, h_x, h_z, squares, sum_x, beaten
+
+
+@triton.jit
+def _expm1_minus_id(h):
+    """e^h - 1 - h without cancellation."""
+    poly = 1.0 / 40320
+    poly = poly * h + 1.0 / 5040
+    poly = poly * h + 1.0 / 720
+    poly = poly * h + 1.0 / 120
+    poly = poly * h + 1.0 / 24
+    poly = poly * h + 1.0 / 6
+    poly = poly * h + 0.5
+    return tl.where(tl.abs(h) < 0.5, h * h * poly, tl.exp(h) - 1.0 - h)
+
+
+@triton.jit
+def _id_minus_log1p(u):
+    """u - log(1 + u) for -1/2 <= u <= 1 without cancellation: with w = u/(2 + u), log(1 + u) = 2 artanh(w)."""
+    w = u / (2.0 + u)
+    v = w * w
+    poly = 1.0 / 15
+    poly = poly * v + 1.0 / 13
+    poly = poly * v + 1.0 / 11
+    poly = poly * v + 1.0 / 9
+    poly = poly * v + 1.0 / 7
+    poly = poly * v + 1.0 / 5
+    poly = poly * v + 1.0 / 3
+    return u * w - 2.0 * w * v * poly
+
+
+# ------------------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit(
+    do_not_specialize=["inner", "segments", "segment", "V", "scale", "inv_temperature", "ignore_index", "field_stride",
+                       "policy_outer", "policy_inner", "ref_outer", "ref_inner"],
+    do_not_specialize_on_alignment=["policy_ptr", "ref_ptr", "label_ptr", "record_ptr"],
+)  # fmt: skip
+def token_stats_fold_kernel(
+    policy_ptr, ref_ptr, label_ptr,                                  # in   (outer, inner, V), the same or None, (N,) int64
+    record_ptr,                                                      # out  (NUM_FIELDS, N, segments) float32
+    policy_outer: tl.int64, policy_inner: tl.int64,                  # row strides in groups of E columns
+    ref_outer: tl.int64, ref_inner: tl.int64,
+    field_stride: tl.int64,                                          # N·segments
+    inner, segments, segment, V,                                     # sizes; a segment has `segment` columns
+    scale, inv_temperature, ignore_index: tl.int64,
+    K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr,
+    ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, ACCURACY: tl.constexpr, MEAN_LOGIT: tl.constexpr, SQUARE_SUM: tl.constexpr,
+):  # fmt: skip
+    """One program folds one segment of one row. Reads 1 x and 1 z per column; ignored rows read their label and nothing else."""
+    TILE: tl.constexpr = K * T * E
+    pid = tl.program_id(0)
+    row = pid // segments
+    label = tl.load(label_ptr + row)
+    if label == ignore_index:
+        return
+
+    policy_row = _row(policy_ptr, row, inner, policy_outer, policy_inner, WIDE, E)
+    start = (pid % segments) * segment
+    limit = tl.minimum(start + segment, V)
+    group = start // E + tl.arange(0, K)[:, None, None] * T + tl.arange(0, T)[None, :, None]
+    group_of_thread = _by_thread(group)
+    label_group = label // E
+
+    # The first tile gives the pivot, and is masked since it may be the only one.
+    x_label = _load_label_logit(policy_row, label, V)
+    x = _by_thread(_load(policy_row, group, limit, E, WIDE, MASKED=True))
+    if ref_ptr is None:
+        z = None
+        pivot = 0.0
+    else:
+        ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, WIDE, E)
+        z = _by_thread(_load(ref_row, group, limit, E, WIDE, MASKED=True))
+        pivot = _pivot(x, z, x_label, _load_label_logit(ref_row, label, V), scale, inv_temperature)
+
+    lowest = tl.full([T], LOWEST, tl.float32)
+    zero = tl.zeros([T], tl.float32)
+    state = (lowest, zero, lowest, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    state = _fold_tile(state, x, z, group_of_thread, limit, pivot, x_label, label_group, scale, inv_temperature,
+                       True, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM)  # fmt: skip
+
+    full = (limit - start) // TILE
+    for i in range(1, full):
+        g = group + i * (K * T)
+        x = _by_thread(_load(policy_row, g, limit, E, WIDE, MASKED=False))
+        if ref_ptr is not None:
+            z = _by_thread(_load(ref_row, g, limit, E, WIDE, MASKED=False))
+        state = _fold_tile(state, x, z, group_of_thread + i * (K * T), limit, pivot, x_label, label_group, scale, inv_temperature,
+                           False, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM)  # fmt: skip
+
+    if (full > 0) & (start + full * TILE < limit):
+        g = group + full * (K * T)
+        x = _by_thread(_load(policy_row, g, limit, E, WIDE, MASKED=True))
+        if ref_ptr is not None:
+            z = _by_thread(_load(ref_row, g, limit, E, WIDE, MASKED=True))
+        state = _fold_tile(state, x, z, group_of_thread + full * (K * T), limit, pivot, x_label, label_group, scale, inv_temperature,
+                           True, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM)  # fmt: skip
+
+    # Merge the threads, once.
+    m_x, s_x, m_z, s_z, b, a, far, h_x, h_z, squares, sum_x, beaten = state
+    record_ptr += pid
+    top_x = tl.max(m_x, axis=0)
+    r_x = tl.exp2(m_x - top_x)
+    tl.store(record_ptr + M_X * field_stride, top_x)
+    tl.store(record_ptr + S_X * field_stride, tl.sum(s_x * r_x, axis=0))
+    if ENTROPY:
+        tl.store(record_ptr + H_X * field_stride, tl.sum((h_x + (m_x - top_x) * s_x) * r_x, axis=0))
+    if SQUARE_SUM:
+        tl.store(record_ptr + SQUARES * field_stride, tl.sum(squares * r_x * r_x, axis=0))
+    if MEAN_LOGIT:
+        tl.store(record_ptr + SUM_X * field_stride, tl.sum(sum_x, axis=0))
+    if ACCURACY:
+        near_label = label_group * E + tl.arange(0, E)
+        x = tl.load(policy_row + near_label, mask=(near_label >= 0) & (near_label < V), other=float("-inf")).to(tl.float32)
+        ahead = tl.where(near_label < label, x >= x_label, x > x_label)
+        tl.store(record_ptr + BEATEN * field_stride, tl.maximum(tl.max(beaten, axis=0), tl.max(ahead.to(tl.float32), axis=0)))
+    if ref_ptr is not None:
+        top_z = tl.max(m_z, axis=0)
+        r_z = tl.exp2(m_z - top_z)
+        tl.store(record_ptr + M_Z * field_stride, top_z)
+        tl.store(record_ptr + S_Z * field_stride, tl.sum(s_z * r_z, axis=0))
+        tl.store(record_ptr + PIVOT * field_stride, pivot)
+        tl.store(record_ptr + B * field_stride, tl.sum(_rescaled(b, r_z), axis=0))
+        tl.store(record_ptr + A * field_stride, tl.sum(_rescaled(a, r_z), axis=0))
+        tl.store(record_ptr + FAR * field_stride, tl.sum(far * r_x, axis=0))
+        if REF_ENTROPY:
+            tl.store(record_ptr + H_Z * field_stride, tl.sum((h_z + (m_z - top_z) * s_z) * r_z, axis=0))
+
+
+@triton.jit(
+    do_not_specialize=["N", "inner", "segments", "V", "scale", "inv_temperature", "ignore_index", "field_stride",
+                       "policy_outer", "policy_inner", "ref_outer", "ref_inner"],
+    do_not_specialize_on_alignment=["policy_ptr", "ref_ptr", "label_ptr", "record_ptr", "saved_ptr", "logp_ptr", "ref_logp_ptr", "kl_ptr",
+                                    "entropy_ptr", "ref_entropy_ptr", "accuracy_ptr", "mean_logit_ptr", "log_sum_sq_probs_ptr"],
+)  # fmt: skip
+def token_stats_finish_kernel(
+    policy_ptr, ref_ptr, label_ptr, record_ptr,                      # in   logits as in fold, (N,) int64, (NUM_FIELDS, N, segments)
+    saved_ptr,                                                       # out  (4, N): m_x, s_x, m_z, s_z, kept for backward
+    logp_ptr, ref_logp_ptr, kl_ptr,                                  # out  (N,) float32; a None is not wanted
+    entropy_ptr, ref_entropy_ptr, accuracy_ptr, mean_logit_ptr, log_sum_sq_probs_ptr,
+    policy_outer: tl.int64, policy_inner: tl.int64,                  # row strides in elements
+    ref_outer: tl.int64, ref_inner: tl.int64,
+    field_stride: tl.int64,
+    N, inner, segments, V,
+    scale, inv_temperature, ignore_index: tl.int64,
+    ROWS: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """One program merges the records of ROWS rows, in index order, and writes every output."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < N
+    label = tl.load(label_ptr + row, mask=inside, other=0)
+    active = inside & (label != ignore_index)
+    labelled = (label >= 0) & (label < V)
+    label = tl.where(active, label, -1)  # so that no logit of an ignored row is read
+
+    s = tl.arange(0, SEGMENTS)[None, :]
+    cell = record_ptr + row[:, None].to(tl.int64) * segments + s
+    live = active[:, None] & (s < segments)
+
+    m_x = tl.load(cell + M_X * field_stride, mask=live, other=LOWEST)
+    s_x = tl.load(cell + S_X * field_stride, mask=live, other=0.0)
+    top_x = tl.max(m_x, axis=1)
+    r_x = tl.exp2(m_x - top_x[:, None])
+    sum_exp_x = tl.sum(s_x * r_x, axis=1)
+    log2_sum_x = tl.log2(sum_exp_x)
+    x_label = _load_label_logit(policy_ptr + _row_offset(row, inner, policy_outer, policy_inner), label, V)
+    logp = LN2 * ((x_label * scale - top_x) - log2_sum_x)
+    logp = tl.where(labelled, tl.where(logp > 0, 0.0, logp), float("nan"))
+    tl.store(logp_ptr + row, tl.where(active, logp, 0.0), mask=inside)
+    tl.store(saved_ptr + row, tl.where(active, top_x, 0.0), mask=inside)
+    tl.store(saved_ptr + N + row, tl.where(active, sum_exp_x, 0.0), mask=inside)
+
+    if entropy_ptr is not None:
+        h_x = tl.load(cell + H_X * field_stride, mask=live, other=0.0)
+        mean = tl.sum((h_x + (m_x - top_x[:, None]) * s_x) * r_x, axis=1) / sum_exp_x
+        tl.store(entropy_ptr + row, tl.where(active, LN2 * (log2_sum_x - mean), 0.0), mask=inside)
+    if log_sum_sq_probs_ptr is not None:
+        squares = tl.sum(tl.load(cell + SQUARES * field_stride, mask=live, other=0.0) * r_x * r_x, axis=1)
+        tl.store(log_sum_sq_probs_ptr + row, tl.where(active, LN2 * (tl.log2(squares) - 2 * log2_sum_x), 0.0), mask=inside)
+    if mean_logit_ptr is not None:
+        sum_x = tl.sum(tl.load(cell + SUM_X * field_stride, mask=live, other=0.0), axis=1)
+        tl.store(mean_logit_ptr + row, tl.where(active, sum_x / V, 0.0), mask=inside)
+    if accuracy_ptr is not None:
+        beaten = tl.max(tl.load(cell + BEATEN * field_stride, mask=live, other=0.0), axis=1)
+        accuracy = tl.where(labelled, 1.0 - beaten, float("nan"))
+        tl.store(accuracy_ptr + row, tl.where(active, accuracy, 0.0), mask=inside)
+
+    if ref_ptr is not None:
+        m_z = tl.load(cell + M_Z * field_stride, mask=live, other=LOWEST)
+        s_z = tl.load(cell + S_Z * field_stride, mask=live, other=0.0)
+        top_z = tl.max(m_z, axis=1)
+        r_z = tl.exp2(m_z - top_z[:, None])
+        s_z = s_z * r_z
+        sum_exp_z = tl.sum(s_z, axis=1)
+        log2_sum_z = tl.log2(sum_exp_z)
+        z_label = _load_label_logit(ref_ptr + _row_offset(row, inner, ref_outer, ref_inner), label, V)
+        ref_logp = LN2 * ((z_label * scale - top_z) - log2_sum_z)
+        ref_logp = tl.where(labelled, tl.where(ref_logp > 0, 0.0, ref_logp), float("nan"))
+        tl.store(ref_logp_ptr + row, tl.where(active, ref_logp, 0.0), mask=inside)
+        tl.store(saved_ptr + 2 * N + row, tl.where(active, top_z, 0.0), mask=inside)
+        tl.store(saved_ptr + 3 * N + row, tl.where(active, sum_exp_z, 0.0), mask=inside)
+
+        # Move every segment's sums from its own pivot to C = E_q[(x - z)/τ] of the row (docs/math.md, "Merging").
+        pivot = tl.load(cell + PIVOT * field_stride, mask=live, other=0.0)
+        b = _rescaled(tl.load(cell + B * field_stride, mask=live, other=0.0), r_z)
+        a = _rescaled(tl.load(cell + A * field_stride, mask=live, other=0.0), r_z)
+        far = tl.sum(tl.load(cell + FAR * field_stride, mask=live, other=0.0) * r_x, axis=1)
+        center = tl.sum(b + pivot * s_z, axis=1) / sum_exp_z
+        h = pivot - center[:, None]
+        phi = _expm1_minus_id(h)
+        a = tl.where(r_z > 0, (1.0 + h + phi) * a + (h + phi) * b + phi * s_z, 0.0)
+        far = tl.where(far > 0, far * tl.exp2(top_x - top_z - center * LOG2E), 0.0)
+        a = (tl.sum(a, axis=1) + far) / sum_exp_z
+        b = tl.sum(tl.where(r_z > 0, b + h * s_z, 0.0), axis=1) / sum_exp_z
+        u = a + b
+        kl = tl.where(
+            (u > -0.5) & (u < 1.0),
+            a - _id_minus_log1p(u),
+            LN2 * ((top_x - top_z) + (log2_sum_x - log2_sum_z)) - center,  # large, infinite or overflown: the plain form
+        )
+        kl = tl.where(labelled, tl.where(kl < 0, 0.0, kl), float("nan"))
+        tl.store(kl_ptr + row, tl.where(active, kl, 0.0), mask=inside)
+        if ref_entropy_ptr is not None:
+            h_z = tl.load(cell + H_Z * field_stride, mask=live, other=0.0)
+            mean = tl.sum(h_z * r_z + (m_z - top_z[:, None]) * s_z, axis=1) / sum_exp_z
+            tl.store(ref_entropy_ptr + row, tl.where(active, LN2 * (log2_sum_z - mean), 0.0), mask=inside)
+
+
+@triton.jit
+def _gradient_tile(
+    d_row, policy_row, ref_row, group, limit, stop, label, g_label, c_p, c_q, m_x, m_z, scale,
+    E: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Writes g_label·e_y + c_p·2^(x·scale - m_x) + c_q·2^(z·scale - m_z) of the columns in `group` (K, T, 1), up to `stop`.
+
+    A row that is None contributes 0, and so do columns from `limit` on.
+    """
+    lane = tl.arange(0, E)[None, None, :]
+    d_x = tl.zeros([group.shape[0], group.shape[1], E], tl.float32)
+    if policy_row is not None:
+        d_x = c_p * tl.exp2(_load(policy_row, group, limit, E, WIDE, MASKED) * scale - m_x)
+        if ref_row is not None:
+            d_x += c_q * tl.exp2(_load(ref_row, group, limit, E, WIDE, MASKED) * scale - m_z)
+        d_x = tl.where(label - group * E == lane, d_x + g_label, d_x)
+    column = group * E + lane
+    if MASKED:
+        tl.store(d_row + column, tl.where(column < limit, d_x, 0.0).to(d_row.dtype.element_ty), mask=column < stop)
+    else:
+        tl.store(d_row + column, d_x.to(d_row.dtype.element_ty))
+
+
+@triton.jit
+def _gradient_columns(
+    d_row, policy_row, ref_row, start, stop, V, label, g_label, c_p, c_q, m_x, m_z, scale,
+    K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of columns [start, stop), zeros from V on."""
+    group = start // E + tl.arange(0, K)[:, None, None] * T + tl.arange(0, T)[None, :, None]
+    full = tl.maximum(tl.minimum(stop, V) - start, 0) // (K * T * E)
+    for i in range(0, full):
+        _gradient_tile(d_row, policy_row, ref_row, group + i * (K * T), V, stop, label, g_label, c_p, c_q, m_x, m_z, scale,
+                       E, WIDE, MASKED=False)  # fmt: skip
+    for i in range(full, tl.cdiv(stop - start, K * T * E)):
+        _gradient_tile(d_row, policy_row, ref_row, group + i * (K * T), V, stop, label, g_label, c_p, c_q, m_x, m_z, scale,
+                       E, WIDE, MASKED=True)  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["N", "inner", "chunks", "chunk", "V", "W", "scale", "inv_temperature", "ignore_index",
+                       "policy_outer", "policy_inner", "ref_outer", "ref_inner", "d_outer", "d_inner"],
+    do_not_specialize_on_alignment=["policy_ptr", "ref_ptr", "label_ptr", "saved_ptr", "g_logp_ptr", "g_kl_ptr", "d_policy_ptr"],
+)  # fmt: skip
+def token_stats_bwd_kernel(
+    policy_ptr, ref_ptr, label_ptr, saved_ptr,                       # in   logits as in fold, (N,) int64, (4, N)
+    g_logp_ptr, g_kl_ptr,                                            # in   (N,) float32 upstream gradients; None is zero
+    d_policy_ptr,                                                    # out  (outer, inner, W); may be the policy logits themselves
+    policy_outer: tl.int64, policy_inner: tl.int64,                  # row strides in groups of E columns
+    ref_outer: tl.int64, ref_inner: tl.int64,
+    d_outer: tl.int64, d_inner: tl.int64,
+    N, inner, chunks, chunk, V, W,                                   # sizes; columns [V, W) get a zero gradient
+    scale, inv_temperature, ignore_index: tl.int64,
+    K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program writes one chunk of one row's gradient: reads 1 x and 1 z, writes 1 d_x per column.
+
+    With p = 2^(x·scale - m_x) / s_x and q alike: d_x = (g_logp·e_y + (g_kl - g_logp)·p - g_kl·q) / τ. An element is read and written
+    by the same thread, so writing over the policy logits is safe. Ignored rows are written without being read, and rows with
+    g_kl = 0 (DPO, and the chosen rows of TDPO2) do not read the reference.
+    """
+    pid = tl.program_id(0)
+    row = pid // chunks
+    start = (pid % chunks) * chunk
+    stop = tl.minimum(start + chunk, W)
+    d_row = _row(d_policy_ptr, row, inner, d_outer, d_inner, WIDE, E)
+
+    label = tl.load(label_ptr + row)
+    if label == ignore_index:
+        _gradient_columns(d_row, None, None, start, stop, W, -1, 0.0, 0.0, 0.0, 0.0, 0.0, scale, K, T, E, WIDE)
+        return
+
+    labelled = (label >= 0) & (label < V)
+    label = tl.where(labelled, label, -1).to(tl.int32)
+    policy_row = _row(policy_ptr, row, inner, policy_outer, policy_inner, WIDE, E)
+    g_logp = 0.0 if g_logp_ptr is None else tl.load(g_logp_ptr + row)
+    g_kl = 0.0 if g_kl_ptr is None else tl.load(g_kl_ptr + row)
+    g_label = g_logp * inv_temperature
+    c_p = tl.where(labelled, (g_kl - g_logp) * inv_temperature / tl.load(saved_ptr + N + row), float("nan"))
+    m_x = tl.load(saved_ptr + row)
+    if ref_ptr is None or g_kl_ptr is None:
+        _gradient_columns(d_row, policy_row, None, start, stop, V, label, g_label, c_p, 0.0, m_x, 0.0, scale, K, T, E, WIDE)
+    else:
+        if g_kl == 0:
+            _gradient_columns(d_row, policy_row, None, start, stop, V, label, g_label, c_p, 0.0, m_x, 0.0, scale, K, T, E, WIDE)
+        else:
+            ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, WIDE, E)
+            m_z = tl.load(saved_ptr + 2 * N + row)
+            c_q = -g_kl * inv_temperature / tl.load(saved_ptr + 3 * N + row)
+            _gradient_columns(d_row, policy_row, ref_row, start, stop, V, label, g_label, c_p, c_q, m_x, m_z, scale, K, T, E, WIDE)
+
+
+# -------------------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a program walks over columns: tiles of K x T x E, T threads each owning K groups of E adjacent columns."""
+
+    K: int
+    T: int
+    E: int
+    WIDE: bool
+
+    @property
+    def columns(self) -> int:
+        return self.K * self.T * self.E
+
+    @property
+    def num_warps(self) -> int:
+        return self.T // 32
+
+
+PAIRS_PER_THREAD = 16
+"""K·E: what a thread holds of a tile. 16 fold in 72 registers; 32 would take 128 and halve the occupancy."""
+
+MAX_SEGMENTS = 16
+"""Records of a row that `finish` merges at once. Beyond 16 x SEGMENT_COLUMNS columns segments grow instead of multiplying."""
+
+SEGMENT_COLUMNS = 65_536
+"""Longest segment of an ordinary vocabulary: few rows still fill a GPU, and a thread still has 128 pairs to pay for its merge."""
+
+FINISH_ROWS = 32
+"""Rows of one finish program."""
+
+
+def tiling(V: int, itemsize: int, wide: bool) -> Tiling:
+    """The tile for rows of V columns whose widest logits have `itemsize` bytes. A pure function: it fixes every row's bits."""
+    elements = 16 // itemsize if wide else 1  # 128-bit accesses, or one column per thread: coalesced at any alignment
+    if V <= 1_024:
+        warps = 1  # a second warp would have nothing to do
+    elif V <= 32_768:
+        warps = 2  # the merge of threads costs a warp the same for any V: few warps where V is small
+    else:
+        warps = 4
+    return Tiling(K=PAIRS_PER_THREAD // elements, T=32 * warps, E=elements, WIDE=wide)
+
+
+def segmentation(V: int, tile: Tiling) -> tuple[int, int]:
+    """(number of segments, columns of each) of a row; whole tiles, so that only a row's last tile is partial."""
+    segments = min(MAX_SEGMENTS, -(-V // SEGMENT_COLUMNS))
+    segment = -(-V // (segments * tile.columns)) * tile.columns
+    return -(-V // segment), segment
+
+
+def backward_chunk(tile: Tiling) -> int:
+    """Columns a backward program writes: eight tiles pay for its seven scalar loads."""
+    return 8 * tile.columns
+
+
+def fold_registers(tile: Tiling, extras: bool) -> int:
+    """Cap of registers a thread: the least that spills nothing (`make audit`), so that 28 (72) or 20 (96) warps fit an SM."""
+    return 72 if tile.WIDE and not extras else 96
+
+
+def backward_registers(tile: Tiling, dtype: torch.dtype) -> int:
+    """The same for backward: 40 needs packed loads, and scalar accesses need an address a column."""
+    if not tile.WIDE:
+        return 80
+    return 40 if tile.E == 8 and dtype == torch.bfloat16 else 48
+
+
+def is_wide(V: int, *logits: Tensor | None) -> bool:
+    """Whether every row of every (outer, inner, width) tensor starts on a 16-byte boundary, and its last 16-byte group of
+    columns below V lies in the tensor's memory whole."""
+    present = [t for t in logits if t is not None]
+    group = 16 // max(t.element_size() for t in present)
+    for t in present:
+        pitch_aligned = all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
+        last_row = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True))
+        whole = (last_row + -(-V // group) * group) * t.element_size() <= t.untyped_storage().nbytes()
+        if t.data_ptr() % 16 or not pitch_aligned or not whole:
+            return False
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------------------- launchers
+
+empty = torch.empty
+"""Every fresh tensor of a launcher comes from here, so that tests can hand out memory full of NaN."""
+
+
+def _launch(kernel: triton.JITFunction, programs: int, **args: object) -> None:
+    """The one place where kernels start: tests and the audit replace it to see exactly what would be launched."""
+    if torch.version.hip:
+        del args["maxnreg"]  # an option of NVIDIA's compiler
+    if programs:
+        with torch.cuda.device_of(args["policy_ptr"]):  # no-op for CPU tensors
+            kernel[(programs,)](**args)
+
+
+def _strides(prefix: str, logits: Tensor | None, group: int) -> dict[str, int]:
+    outer, inner = (0, 0) if logits is None else logits.stride()[:2]
+    assert outer % group == 0 and inner % group == 0, "the kernel was promised rows of whole groups"
+    return {f"{prefix}_outer": outer // group, f"{prefix}_inner": inner // group}
+
+
+def _scales(temperature: float) -> dict[str, float]:
+    return {"scale": LOG2E.value / temperature, "inv_temperature": 1.0 / temperature}
+
+
+def token_stats_fwd(
+    policy: Tensor, ref: Tensor | None, labels: Tensor, *, V: int, ignore_index: int, temperature: float, extras: tuple[str, ...]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Launches fold and finish.
+
+    Args:
+        policy: (outer, inner, >= V) logits, columns contiguous, any row strides. ref: the same or None.
+        labels: (outer·inner,) int64, contiguous.
+
+    Returns:
+        the statistics by name, each (N,) float32, and `saved` (4, N) float32 for backward: m_x, s_x, m_z, s_z.
+    """
+    N, inner = labels.numel(), policy.shape[1]
+    wide = is_wide(V, policy, ref)
+    tile = tiling(V, max(policy.element_size(), ref.element_size() if ref is not None else 1), wide)
+    segments, segment = segmentation(V, tile)
+    device = policy.device
+
+    names = ["logp", *(["ref_logp", "kl"] if ref is not None else []), *extras]
+    out = {name: empty(N, dtype=torch.float32, device=device) for name in names}
+    saved = empty((4, N), dtype=torch.float32, device=device)
+    record = empty((NUM_FIELDS, N, segments), dtype=torch.float32, device=device)
+    common = {
+        "policy_ptr": policy, "ref_ptr": ref, "label_ptr": labels, "record_ptr": record, "field_stride": N * segments,
+        "inner": inner, "segments": segments, "V": V, "ignore_index": ignore_index, **_scales(temperature),
+    }  # fmt: skip
+    _launch(
+        token_stats_fold_kernel, N * segments, **common,
+        **_strides("policy", policy, tile.E), **_strides("ref", ref, tile.E), segment=segment,
+        K=tile.K, T=tile.T, E=tile.E, WIDE=tile.WIDE,
+        ENTROPY="entropy" in out, REF_ENTROPY="ref_entropy" in out, ACCURACY="accuracy" in out, MEAN_LOGIT="mean_logit" in out,
+        SQUARE_SUM="log_sum_sq_probs" in out, num_warps=tile.num_warps, maxnreg=fold_registers(tile, extras=bool(extras)),
+    )  # fmt: skip
+    _launch(
+        token_stats_finish_kernel, -(-N // FINISH_ROWS), **common,
+        **_strides("policy", policy, 1), **_strides("ref", ref, 1), saved_ptr=saved, N=N,
+        logp_ptr=out["logp"], ref_logp_ptr=out.get("ref_logp"), kl_ptr=out.get("kl"), entropy_ptr=out.get("entropy"),
+        ref_entropy_ptr=out.get("ref_entropy"), accuracy_ptr=out.get("accuracy"), mean_logit_ptr=out.get("mean_logit"),
+        log_sum_sq_probs_ptr=out.get("log_sum_sq_probs"), ROWS=FINISH_ROWS, SEGMENTS=MAX_SEGMENTS, num_warps=4, maxnreg=None,
+    )  # fmt: skip
+    return out, saved
+
+
+def token_stats_bwd(
+    policy: Tensor, ref: Tensor | None, labels: Tensor, saved: Tensor, g_logp: Tensor | None, g_kl: Tensor | None, d_policy: Tensor, *,
+    V: int, ignore_index: int, temperature: float,
+) -> None:  # fmt: skip
+    """Launches backward: writes the gradient of the policy logits into `d_policy` (outer, inner, W), which may be `policy`.
+
+    `g_logp` and `g_kl` are (N,) float32, contiguous, or None for zero; the rest is what `token_stats_fwd` took and saved.
+    """
+    N, inner, W = labels.numel(), policy.shape[1], policy.shape[2]
+    ref = ref if g_kl is not None else None
+    wide = is_wide(V, policy, ref) and is_wide(0, d_policy)
+    tile = tiling(W, max(policy.element_size(), ref.element_size() if ref is not None else 1), wide)
+    chunk = backward_chunk(tile)
+    chunks = -(-W // chunk)
+    _launch(
+        token_stats_bwd_kernel, N * chunks,
+        policy_ptr=policy, ref_ptr=ref, label_ptr=labels, saved_ptr=saved, g_logp_ptr=g_logp, g_kl_ptr=g_kl, d_policy_ptr=d_policy,
+        **_strides("policy", policy, tile.E), **_strides("ref", ref, tile.E), **_strides("d", d_policy, tile.E),
+        N=N, inner=inner, chunks=chunks, chunk=chunk, V=V, W=W, ignore_index=ignore_index, **_scales(temperature),
+        K=tile.K, T=tile.T, E=tile.E, WIDE=tile.WIDE, num_warps=tile.num_warps, maxnreg=backward_registers(tile, policy.dtype),
+    )  # fmt: skip

@@ -1,0 +1,11 @@
+"""The contract of `token_stats`, run by the Triton kernels in Triton's interpreter: no GPU, tiny shapes."""
+
+import pytest
+
+from contract_token_stats import Backend, TritonContract
+
+pytestmark = pytest.mark.interpreter
+
+
+class TestTritonInterpreted(TritonContract):
+    backend = Backend("triton", examples=0.4, rows=21)

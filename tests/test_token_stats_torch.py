@@ -1,0 +1,66 @@
+"""The contract of `token_stats`, run by the pure PyTorch backend on a CPU, and what that backend alone promises."""
+
+import pytest
+import torch
+
+from contract_token_stats import (
+    EXTRAS,
+    Backend,
+    Float64Contract,
+    FusedTokenStatsContract,
+    RefusesBadLabels,
+    assert_same_outcome,
+    bf16,
+    check,
+    fp32,
+    make_case,
+    run,
+)
+from fused_tdpo import token_stats
+
+
+class TestTorch(FusedTokenStatsContract, Float64Contract, RefusesBadLabels):
+    backend = Backend("torch")
+
+
+@pytest.mark.parametrize("dtype", [fp32, bf16], ids=["fp32", "bf16"])
+def test_auto_computes_the_same_thing(dtype):
+    # Which backend it picks is test_api.py's; that it passes every option on to it is ours.
+    options = {"vocab_size": 130, "widths": (140, 137), "temperature": 0.7, "ignore_index": 7, "extras": EXTRAS}
+    case = make_case("cpu", (5,), 130, dtype=dtype, **options)
+    check(token_stats, case)
+
+
+def test_the_number_of_threads_changes_nothing():
+    # Rows are shared out between threads by their number; a row's bits must not tell.
+    case = make_case("cpu", (64,), 1031, dtype=bf16, extras=EXTRAS)
+    backend, before = Backend("torch"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run(backend, case)
+        torch.set_num_threads(2)
+        assert_same_outcome("two threads", run(backend, case), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_place", [False, True], ids=["", "in-place"])
+def test_memory_is_bounded(in_place):
+    # Row-chunked: no second tensor of N*V float32 at any moment, beside the gradient of bfloat16 (none when in place).
+    N, V = 8192, 16384
+    policy, ref = (torch.zeros(N, V, dtype=bf16) for _ in range(2))
+    labels = torch.zeros(N, dtype=torch.int64)
+    logits = policy.requires_grad_().view(N, V)  # not a leaf, no copy
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        stats = token_stats(logits, ref, labels, backend="torch", inplace_backward=in_place, extras=EXTRAS)
+        torch.autograd.grad(stats.logp.sum() + stats.kl.sum(), logits)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    live = peak = 0
+    for event in events:
+        live += event.nbytes()
+        peak = max(peak, live)
+    allowed = (0 if in_place else N * V * 2) + N * V * 4 // 4
+    assert events, "the profiler saw no allocation: this test saw nothing"
+    assert peak <= allowed, f"{peak / 2**20:.0f} MiB beside the inputs, expected at most {allowed / 2**20:.0f} MiB"
