@@ -10,19 +10,23 @@ TRITON_INSTALLED = find_spec("triton") is not None
 """Looked up, not imported: `import fused_tdpo` needs torch alone."""
 
 
-def choose_backend(backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], *, triton: bool = TRITON_INSTALLED) -> tuple[str, str]:
+def choose_backend(
+    backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], *, triton: bool = TRITON_INSTALLED
+) -> tuple[str, str]:
     """The implementation that `backend` means for tensors of these dtypes on this device, and why.
 
     `"auto"` takes Triton on a GPU and falls back to torch. A name is that implementation or an error, never another one.
 
     Raises:
-        ValueError: an unknown name. TypeError: a dtype that the named backend does not compute. RuntimeError: Triton is missing.
+        ValueError: an unknown name. TypeError: a dtype that the named backend does not compute. RuntimeError: no Triton.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     if backend == "triton":
         if torch.float64 in dtypes:
-            raise TypeError("backend='triton' computes in float32 and refuses float64 logits; use backend='torch' or 'reference'")
+            raise TypeError(
+                "backend='triton' computes in float32 and refuses float64 logits; use backend='torch' or 'reference'"
+            )
         if not triton:
             raise RuntimeError("backend='triton' needs the triton package: pip install triton, or use backend='torch'")
         return "triton", "asked for"

@@ -1,4 +1,4 @@
-"""Checks of user input, on the host, before anything is launched. Messages say what was expected, what came, and the next step."""
+"""Checks of user input, on the host, before any launch. Messages say what was expected, what came, and the next step."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,9 @@ def check_logits(name: str, logits: Tensor) -> None:
         hint = ""
         if isinstance(logits, Tensor) and logits.dtype in LABEL_DTYPES:
             hint = " This looks like labels: the order is (policy_logits, ref_logits, labels)."
-        raise TypeError(f"{name} must be a float16, bfloat16, float32 or float64 tensor (..., V); got {describe(logits)}.{hint}")
+        raise TypeError(
+            f"{name} must be a float16, bfloat16, float32 or float64 tensor (..., V); got {describe(logits)}.{hint}"
+        )
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must have a vocabulary axis (..., V) with V >= 1; got {describe(logits)}")
     if logits.stride(-1) != 1 and logits.shape[-1] != 1:
@@ -51,7 +53,9 @@ def check_token_stats(
     if ref_logits is not None:
         check_logits("ref_logits", ref_logits)
     if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
-        hint = " Are ref_logits and labels swapped?" if isinstance(labels, Tensor) and labels.dim() == policy_logits.dim() else ""
+        hint = (
+            " Are ref_logits and labels swapped?" if isinstance(labels, Tensor) and labels.dim() == policy_logits.dim() else ""
+        )
         raise TypeError(f"labels must be an int64 or int32 tensor; got {describe(labels)}.{hint}")
     rows = policy_logits.shape[:-1]
     if labels.shape != rows:
@@ -62,11 +66,14 @@ def check_token_stats(
             hint = f" Call labels.reshape({tuple(rows)}) first."
         elif labels.dim() and rows and labels.shape[-1] == rows[-1] + 1:
             hint = " token_stats never shifts: pass labels[..., 1:] with logits[..., :-1, :]."
-        raise ValueError(f"labels must have shape {tuple(rows)} to match policy_logits {describe(policy_logits)}; got {describe(labels)}.{hint}")
+        raise ValueError(
+            f"labels must have shape {tuple(rows)} to match policy_logits {describe(policy_logits)}; "
+            f"got {describe(labels)}.{hint}"
+        )
     if ref_logits is not None and ref_logits.shape[:-1] != rows:
         raise ValueError(
-            f"ref_logits must have the rows of policy_logits, {tuple(rows)}, before its vocabulary axis; got {describe(ref_logits)} "
-            f"beside {describe(policy_logits)}"
+            f"ref_logits must have the rows of policy_logits, {tuple(rows)}, before its vocabulary axis; got "
+            f"{describe(ref_logits)} beside {describe(policy_logits)}"
         )
     for name, tensor in (("ref_logits", ref_logits), ("labels", labels)):
         if tensor is not None and tensor.device != policy_logits.device:
@@ -90,15 +97,15 @@ def check_vocab_size(policy_width: int, ref_width: int | None, vocab_size: int |
     if vocab_size is None:
         if ref_width is not None and ref_width != policy_width:
             raise ValueError(
-                f"policy_logits and ref_logits have different vocabulary widths, {policy_width} and {ref_width}. If one is padded, "
-                f"pass vocab_size (at most {min(policy_width, ref_width)}), the number of real tokens."
+                f"policy_logits and ref_logits have different vocabulary widths, {policy_width} and {ref_width}. If one is "
+                f"padded, pass vocab_size (at most {min(policy_width, ref_width)}), the number of real tokens."
             )
         return policy_width
     narrowest = policy_width if ref_width is None else min(policy_width, ref_width)
     if not 1 <= vocab_size <= narrowest:
         raise ValueError(
-            f"vocab_size must be between 1 and the narrower vocabulary axis, {narrowest} (policy {policy_width}, reference {ref_width}); "
-            f"got {vocab_size}"
+            f"vocab_size must be between 1 and the narrower vocabulary axis, {narrowest} (policy {policy_width}, "
+            f"reference {ref_width}); got {vocab_size}"
         )
     return vocab_size
 

@@ -4,10 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def describe(value: object) -> str:
-    """Shape, dtype and device of a tensor, for error messages; of anything else, its type."""
-    return f"{tuple(value.shape)} {value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+from fused_tdpo._checks import describe
 
 
 class SequenceLayout:

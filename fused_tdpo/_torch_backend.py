@@ -10,22 +10,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 22
-"""Logits of one chunk: 16 MiB of float32. At least one row."""
+CHUNK_ELEMENTS = 1 << 21
+"""Logits of one chunk: 8 MiB of float32. At least one row."""
+
+NEED_LABEL = ("logp", "ref_logp", "kl", "accuracy")
+"""NaN where a label is out of range."""
 
 empty = torch.empty
 """Every fresh output comes from here, so that tests can hand out memory full of NaN."""
 
 
-def _chunks(policy: Tensor, ref: Tensor | None, *by_row: Tensor | None) -> Iterator[list[Tensor | None]]:
-    """Row chunks of (outer, inner, V) tensors and of (..., N) tensors, outer·inner = N."""
-    outer, inner, width = policy.shape
+def _chunks(logits: Tensor) -> Iterator[tuple[int, slice, slice]]:
+    """Chunks of rows of (outer, inner, V) logits: the index of the first axis, the slice of the second, their slice of N."""
+    outer, inner, width = logits.shape
     step = max(1, CHUNK_ELEMENTS // width)
     for o in range(outer):
         for i in range(0, inner, step):
-            rows = slice(o * inner + i, o * inner + min(i + step, inner))
-            logits = [None if t is None else t[o, i : i + step] for t in (policy, ref)]
-            yield [*logits, *(None if t is None else t[..., rows] for t in by_row)]
+            stop = min(i + step, inner)
+            yield o, slice(i, stop), slice(o * inner + i, o * inner + stop)
 
 
 def _expm1_minus_id(r: Tensor) -> Tensor:
@@ -41,8 +43,10 @@ def _expm1_minus_id(r: Tensor) -> Tensor:
     return total.mul_(r).mul_(r)
 
 
-def _softmax(logits: Tensor, ignored: Tensor, V: int, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logits/τ, their maximum, exponentials relative to it, the exponentials' sum); ignored rows as if their logits were 0."""
+def _softmax(
+    logits: Tensor, ignored: Tensor, V: int, temperature: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logits/τ, their maximum, exponentials relative to it, the sum of these); ignored rows as if their logits were 0."""
     x = logits[..., :V].to(dtype).masked_fill(ignored[:, None], 0.0).div_(temperature)
     m = x.amax(-1)
     e = (x - m[:, None]).exp_()
@@ -57,7 +61,7 @@ def _label_logp(x: Tensor, m: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return ((x.gather(-1, y[:, None]).squeeze(-1) - m) - s.log()).clamp_(max=0.0)
 
 
-def _kl(x: Tensor, m_x: Tensor, e_x: Tensor, s_x: Tensor, z: Tensor, e_z: Tensor, s_z: Tensor) -> Tensor:
+def _kl(x: Tensor, m_x: Tensor, e_x: Tensor, s_x: Tensor, z: Tensor, m_z: Tensor, e_z: Tensor, s_z: Tensor) -> Tensor:
     """KL(q || p) of each row."""
     p, q = e_x / s_x[:, None], e_z / s_z[:, None]
     live = q > 0
@@ -70,68 +74,71 @@ def _kl(x: Tensor, m_x: Tensor, e_x: Tensor, s_x: Tensor, z: Tensor, e_z: Tensor
     near = live & (r.abs() < 0.125)
     terms = torch.where(near, q * _expm1_minus_id(torch.where(near, r, 0.0)), torch.where(live, p - q - q * r, p))
     direct = terms.sum(-1)
-    plain = (m_x + s_x.log()) - (z.amax(-1) + s_z.log()) - c.squeeze(-1)
+    plain = (m_x + s_x.log()) - (m_z + s_z.log()) - c.squeeze(-1)
     return torch.where(shift.squeeze(-1).isfinite() & ~direct.isnan(), direct, plain).clamp_(min=0.0)
 
 
 def token_stats_fwd(
-    policy: Tensor, ref: Tensor | None, labels: Tensor, *, V: int, ignore_index: int, temperature: float, extras: tuple[str, ...]
+    policy: Tensor,
+    ref: Tensor | None,
+    labels: Tensor,
+    *,
+    V: int,
+    ignore_index: int,
+    temperature: float,
+    extras: tuple[str, ...],
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Statistics by name, each (N,), and `saved` (4, N): maximum and sum of exponentials of the policy, then of the reference."""
+    """Statistics by name, each (N,), and `saved` (4, N): maximum and sum of exponentials of policy, then reference."""
     dtype = torch.promote_types(torch.float32, torch.promote_types(policy.dtype, policy.dtype if ref is None else ref.dtype))
     N = labels.numel()
     names = ["logp", *(["ref_logp", "kl"] if ref is not None else []), *extras]
     out = {name: empty(N, dtype=dtype, device=policy.device) for name in names}
     saved = empty((4, N), dtype=dtype, device=policy.device)
-    for policy_rows, ref_rows, labels_rows, saved_rows, *out_rows in _chunks(policy, ref, labels, saved, *out.values()):
-        ignored = labels_rows == ignore_index
-        labelled = (labels_rows >= 0) & (labels_rows < V)
-        y = labels_rows.where(labelled, 0)
-        x, m_x, e_x, s_x = _softmax(policy_rows, ignored, V, temperature, dtype)
+    for o, part, rows in _chunks(policy):
+        ignored = labels[rows] == ignore_index
+        labelled = (labels[rows] >= 0) & (labels[rows] < V)
+        y = labels[rows].where(labelled, 0)
+        x, m_x, e_x, s_x = _softmax(policy[o, part], ignored, V, temperature, dtype)
         stats = {"logp": _label_logp(x, m_x, s_x, y)}
-        saved_rows[0], saved_rows[1] = m_x, s_x
-        if ref_rows is not None:
-            z, m_z, e_z, s_z = _softmax(ref_rows, ignored, V, temperature, dtype)
+        saved[0, rows], saved[1, rows] = m_x, s_x
+        if ref is not None:
+            z, m_z, e_z, s_z = _softmax(ref[o, part], ignored, V, temperature, dtype)
             stats["ref_logp"] = _label_logp(z, m_z, s_z, y)
-            stats["kl"] = _kl(x, m_x, e_x, s_x, z, e_z, s_z)
-            saved_rows[2], saved_rows[3] = m_z, s_z
+            stats["kl"] = _kl(x, m_x, e_x, s_x, z, m_z, e_z, s_z)
+            saved[2, rows], saved[3, rows] = m_z, s_z
+            if "ref_entropy" in extras:
+                stats["ref_entropy"] = _entropy(z, m_z, e_z, s_z)
         if "accuracy" in extras:
             stats["accuracy"] = (x.argmax(-1) == y).to(dtype)
-        for name in stats:
-            stats[name] = stats[name].where(labelled, float("nan"))
         if "entropy" in extras:
             stats["entropy"] = _entropy(x, m_x, e_x, s_x)
-        if "ref_entropy" in extras:
-            stats["ref_entropy"] = _entropy(z, m_z, e_z, s_z)
         if "mean_logit" in extras:
             stats["mean_logit"] = x.mean(-1) * temperature
         if "log_sum_sq_probs" in extras:
             stats["log_sum_sq_probs"] = e_x.square().sum(-1).log() - 2 * s_x.log()
-        for name, rows in zip(names, out_rows, strict=True):
-            rows.copy_(stats[name].masked_fill(ignored, 0.0))
+        for name, stat in stats.items():
+            if name in NEED_LABEL:
+                stat = stat.where(labelled, float("nan"))
+            out[name][rows] = stat.masked_fill(ignored, 0.0)
     return out, saved
 
 
 def token_stats_bwd(
-    policy: Tensor, ref: Tensor | None, labels: Tensor, saved: Tensor, g_logp: Tensor | None, g_kl: Tensor | None, d_policy: Tensor, *,
-    V: int, ignore_index: int, temperature: float,
+    policy: Tensor, ref: Tensor | None, labels: Tensor, saved: Tensor, g_logp: Tensor | None, g_kl: Tensor | None,
+    d_policy: Tensor, *, V: int, ignore_index: int, temperature: float,
 ) -> None:  # fmt: skip
     """Writes d_x = (g_logp·(e_y - p) + g_kl·(p - q)) / τ into `d_policy` (outer, inner, W), which may be `policy` itself."""
-    ref = ref if g_kl is not None else None
-    rows = _chunks(policy, ref, labels, saved, g_logp, g_kl)
-    for (policy_rows, ref_rows, y, saved_rows, g_l, g_k), (d_rows, *_) in zip(rows, _chunks(d_policy, None), strict=True):
-        m_x, s_x, m_z, s_z = saved_rows[..., None]
-        ignored = y == ignore_index
-        labelled = ((y >= 0) & (y < V))[:, None]
-        zero = torch.zeros_like(saved_rows[0])
-        g_l = (zero if g_l is None else g_l)[:, None] / temperature
-        g_k = (zero if g_k is None else g_k)[:, None] / temperature
-
-        d = (policy_rows[..., :V].to(saved.dtype) / temperature).sub_(m_x).exp_().mul_((g_k - g_l) / s_x)
-        if ref_rows is not None:
-            q = (ref_rows[..., :V].to(saved.dtype) / temperature).sub_(m_z).exp_()
-            d.sub_(q.mul_(g_k / s_z))
-        d.scatter_add_(-1, y[:, None].where(labelled, 0), g_l.where(labelled, float("nan")))
-        d = torch.where(labelled, d, float("nan")).masked_fill_(ignored[:, None], 0.0)
-        d_rows[..., :V] = d
-        d_rows[..., V:] = 0
+    zero = torch.zeros_like(saved[0])
+    g_label = (zero if g_logp is None else g_logp) / temperature
+    g_q = (zero if g_kl is None else g_kl) / temperature
+    for o, part, rows in _chunks(policy):
+        m_x, s_x, m_z, s_z = saved[:, rows, None]
+        y = labels[rows, None]
+        labelled = (y >= 0) & (y < V)
+        d = (policy[o, part, :V].to(saved.dtype) / temperature).sub_(m_x).exp_().mul_((g_q - g_label)[rows, None] / s_x)
+        if ref is not None and g_kl is not None:
+            q = (ref[o, part, :V].to(saved.dtype) / temperature).sub_(m_z).exp_()
+            d.sub_(q.mul_(g_q[rows, None] / s_z))
+        d.scatter_add_(-1, y.where(labelled, 0), g_label[rows, None])
+        d_policy[o, part, :V] = d.masked_fill_(~labelled, float("nan")).masked_fill_(y == ignore_index, 0.0)
+        d_policy[o, part, V:] = 0

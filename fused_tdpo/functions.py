@@ -1,6 +1,6 @@
 """Autograd around the kernels: `torch.library` ops, which compilers can trace, and the Function that differentiates them.
 
-The ops take logits of any leading shape and strides. A backend is a module with `token_stats_fwd`, `token_stats_bwd` and `empty`.
+The ops take logits of any leading shape and strides. A backend is a module with `token_stats_fwd`, `token_stats_bwd`, `empty`.
 """
 
 import importlib
@@ -25,8 +25,8 @@ def _backend(name: str, device: torch.device) -> ModuleType:
 
         if not knobs.runtime.interpret:
             raise ValueError(
-                "backend='triton' needs GPU tensors, or Triton's interpreter for CPU tensors (set TRITON_INTERPRET=1 before triton is "
-                "first imported); got CPU tensors. Use backend='torch', or 'auto'."
+                "backend='triton' needs GPU tensors, or Triton's interpreter for CPU tensors (set TRITON_INTERPRET=1 before "
+                "triton is first imported); got CPU tensors. Use backend='torch', or 'auto'."
             )
     return module
 
@@ -34,8 +34,8 @@ def _backend(name: str, device: torch.device) -> ModuleType:
 def row_views(*tensors: Tensor | None) -> list[list[Tensor | None]]:
     """Views (outer, inner, V) of tensors (..., V) with equal leading shapes, whatever their strides: no copy.
 
-    Leading axes are merged where every tensor allows it. One list entry is the rule; more than two axes that cannot be merged give
-    one per index of the axes in front.
+    Leading axes are merged where every tensor allows it. One list entry is the rule; more than two axes that cannot be merged
+    give one per index of the axes in front.
     """
     present = [t for t in tensors if t is not None]
     axes: list[tuple[int, list[int]]] = []  # (size, stride in each tensor)
@@ -67,8 +67,8 @@ def row_views(*tensors: Tensor | None) -> list[list[Tensor | None]]:
 @torch.library.custom_op(
     "fused_tdpo::token_stats_fwd",
     mutates_args=(),
-    schema="(Tensor policy, Tensor? ref, Tensor labels, int V, int ignore_index, float temperature, str extras, bool check_labels, "
-    "str backend) -> Tensor[]",
+    schema="(Tensor policy, Tensor? ref, Tensor labels, int V, int ignore_index, float temperature, str extras, "
+    "bool check_labels, str backend) -> Tensor[]",
 )
 def token_stats_fwd(
     policy: Tensor,
@@ -81,7 +81,7 @@ def token_stats_fwd(
     check_labels: bool,
     backend: str,
 ) -> list[Tensor]:
-    """logp, with a reference ref_logp and kl, the extras (comma-separated names), each of labels' shape; then `saved` (4, N)."""
+    """logp, with a reference ref_logp and kl, the extras (comma-separated names), of labels' shape; then `saved` (4, N)."""
     if check_labels:
         check_labels_in_range(labels, V, ignore_index)
     module = _backend(backend, policy.device)
@@ -113,7 +113,8 @@ def stats_dtype(policy: Tensor, ref: Tensor | None) -> torch.dtype:
 
 
 _BWD_ARGUMENTS = (
-    "Tensor? ref, Tensor labels, Tensor saved, Tensor? g_logp, Tensor? g_kl, int V, int ignore_index, float temperature, str backend"
+    "Tensor? ref, Tensor labels, Tensor saved, Tensor? g_logp, Tensor? g_kl, int V, int ignore_index, float temperature, "
+    "str backend"
 )
 
 
@@ -155,7 +156,9 @@ def _(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, ba
     return policy.new_empty(policy.shape)
 
 
-@torch.library.custom_op("fused_tdpo::token_stats_bwd_", mutates_args=("policy",), schema=f"(Tensor(a!) policy, {_BWD_ARGUMENTS}) -> ()")
+@torch.library.custom_op(
+    "fused_tdpo::token_stats_bwd_", mutates_args=("policy",), schema=f"(Tensor(a!) policy, {_BWD_ARGUMENTS}) -> ()"
+)
 def token_stats_bwd_(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend):  # type: ignore[no-untyped-def]
     """The same, written over the policy logits. A mutating op: autograd counts a new version of them."""
     _write_gradient(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend, policy)
@@ -187,8 +190,8 @@ class TokenStatsFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
         policy: Tensor,
         ref: Tensor | None,
         labels: Tensor,
@@ -212,7 +215,7 @@ class TokenStatsFunction(torch.autograd.Function):
         return tuple(stats)
 
     @staticmethod
-    def backward(ctx, g_logp: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, g_logp: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         policy, ref, labels, saved = ctx.saved_tensors
         g_kl = None if ref is None else grads[1]
         if g_logp is None and g_kl is None:

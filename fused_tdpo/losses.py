@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_tdpo._layout import SequenceLayout, describe
+from fused_tdpo._backends import choose_backend
+from fused_tdpo._checks import check_token_stats, describe
+from fused_tdpo._layout import SequenceLayout
 from fused_tdpo.ops import token_stats
 from fused_tdpo.types import PreferenceOutput, TokenStats
 
@@ -166,6 +168,14 @@ class PreferenceLoss(nn.Module):
                 "rejected.num_tokens, beta=...). All but the op are in fused_tdpo.losses."
             )
         _check_choice("reduction", self.reduction, ("mean", "sum"))
+
+        # the op's own options, by its own checks: on an empty batch, whose vocabulary is as wide as vocab_size asks
+        logits = torch.empty(0, max(self.vocab_size or 1, 1), device="meta")
+        labels = torch.empty(0, dtype=torch.int64, device="meta")
+        check_token_stats(
+            logits, logits, labels, self.temperature, self.vocab_size, self.divergence, self.divergence_alpha, extras=()
+        )
+        choose_backend(self.backend, "cuda", ())
 
     def extra_repr(self) -> str:
         return ", ".join(f"{option.name}={getattr(self, option.name)!r}" for option in fields(self))

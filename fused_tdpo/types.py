@@ -53,7 +53,7 @@ class PreferenceOutput(NamedTuple):
     rejected_rewards: Tensor
     """(P,) implicit reward of the rejected sequence."""
     chosen_logps: Tensor
-    """(P,) policy log-probability of the chosen sequence, summed over its tokens (or averaged, as the loss was told), in nats."""
+    """(P,) policy log-probability of the chosen sequence, in nats: summed over its tokens, or averaged as the loss was told."""
     rejected_logps: Tensor
     """(P,) the same of the rejected sequence."""
     chosen_kl: Tensor | None

@@ -1,24 +1,24 @@
 """Triton kernels of `token_stats`: per-token log-prob, reference log-prob, KL(q || p) and extras from two logit tensors.
 
-Letters as in docs/math.md: x policy logits, z reference logits, p = softmax(x/τ), q = softmax(z/τ) of one row of V columns, y its
-label. Three kernels, each reading a logit at most once:
+Letters as in docs/math.md: x policy logits, z reference logits, p = softmax(x/τ), q = softmax(z/τ) of one row of V columns, y
+its label. Three kernels, each reading a logit at most once:
 
     fold      (row, segment) -> a record of running sums of that segment              reads x, z
     finish    the records of a row -> logp, ref_logp, kl, extras, and (m, s) of p, q  reads x[y], z[y]
     backward  (row, chunk) -> d_x = g_logp (e_y - p) + g_kl (p - q)                   reads x, z, writes d_x
 
-How a row is cut is a function of V and the dtypes alone, so a row's bits do not depend on its neighbours. Exponentials are base 2:
-m is the running maximum of x·scale with scale = log2(e)/τ, and s the sum of 2^(x·scale - m).
+How a row is cut is a function of V, the dtypes and its alignment alone, so a row's bits do not depend on its neighbours.
+Exponentials are base 2: m is the running maximum of x·scale with scale = log2(e)/τ, and s the sum of 2^(x·scale - m).
 
 The KL of a row, with t = (x - z)/τ - c for a pivot c near the q-mean of (x - z)/τ (docs/math.md derives it and its error):
 
     b = E_q[t],  a = E_q[e^t - 1 - t],  u = a + b,  KL = a - (u - log(1 + u))
 
-`e^t - 1 - t` is a series where |t| < 1/8 ("near"). Elsewhere ("far") q·e^t is p's own exponential, summed apart and rescaled once.
+`e^t - 1 - t` is a series where |t| < 1/8 ("near"). Elsewhere ("far") q·e^t is p's own exponential, summed apart and rescaled
+once.
 """
 
 from dataclasses import dataclass
-from math import log
 
 import torch
 import triton
@@ -129,7 +129,7 @@ def _fold_tile(
     MASKED: tl.constexpr, ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, ACCURACY: tl.constexpr, MEAN_LOGIT: tl.constexpr,
     SQUARE_SUM: tl.constexpr,
 ):  # fmt: skip
-    """Folds a (T, K·E) tile, column groups `group` (T, K), into the per-thread running sums `state`, a tuple of (T,) vectors."""
+    """Folds a (T, K·E) tile, column groups `group` (T, K), into `state`, the running sums of each thread: (T,) vectors."""
     m_x, s_x, m_z, s_z, b, a, far, h_x, h_z, squares, sum_x, beaten = state
 
     m_x_old = m_x
@@ -173,6 +173,22 @@ def _fold_tile(
         b = _rescaled(b, r_z) + tl.sum(e_z * t, axis=1)
         far = far * r_x + tl.sum(tl.where(near, 0.0, e_x), axis=1)
     return m_x, s_x, m_z, s_z, b, a, far, h_x, h_z, squares, sum_x, beaten
+
+
+@triton.jit
+def _fold_columns(
+    state, policy_row, ref_row, group, limit, pivot, x_label, label_group, scale, inv_temperature,
+    E: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr, ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, ACCURACY: tl.constexpr, MEAN_LOGIT: tl.constexpr,
+    SQUARE_SUM: tl.constexpr,
+):  # fmt: skip
+    """Loads the tile of column groups `group` (K, T, 1) and folds it."""
+    x = _by_thread(_load(policy_row, group, limit, E, WIDE, MASKED))
+    z = None
+    if ref_row is not None:
+        z = _by_thread(_load(ref_row, group, limit, E, WIDE, MASKED))
+    return _fold_tile(state, x, z, _by_thread(group), limit, pivot, x_label, label_group, scale, inv_temperature,
+                      MASKED, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM)  # fmt: skip
 
 
 @triton.jit
@@ -220,9 +236,10 @@ def token_stats_fold_kernel(
     inner, segments, segment, V,                                     # sizes; a segment has `segment` columns
     scale, inv_temperature, ignore_index: tl.int64,
     K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr,
-    ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, ACCURACY: tl.constexpr, MEAN_LOGIT: tl.constexpr, SQUARE_SUM: tl.constexpr,
+    ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, ACCURACY: tl.constexpr, MEAN_LOGIT: tl.constexpr,
+    SQUARE_SUM: tl.constexpr,
 ):  # fmt: skip
-    """One program folds one segment of one row. Reads 1 x and 1 z per column; ignored rows read their label and nothing else."""
+    """One program folds one segment of one row. Reads 1 x and 1 z per column; an ignored row reads nothing but its label."""
     TILE: tl.constexpr = K * T * E
     pid = tl.program_id(0)
     row = pid // segments
@@ -234,16 +251,15 @@ def token_stats_fold_kernel(
     start = (pid % segments) * segment
     limit = tl.minimum(start + segment, V)
     group = start // E + tl.arange(0, K)[:, None, None] * T + tl.arange(0, T)[None, :, None]
-    group_of_thread = _by_thread(group)
     label_group = label // E
 
     # The first tile gives the pivot, and is masked since it may be the only one.
     x_label = _load_label_logit(policy_row, label, V)
     x = _by_thread(_load(policy_row, group, limit, E, WIDE, MASKED=True))
-    if ref_ptr is None:
-        z = None
-        pivot = 0.0
-    else:
+    z = None
+    ref_row = None
+    pivot = 0.0
+    if ref_ptr is not None:
         ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, WIDE, E)
         z = _by_thread(_load(ref_row, group, limit, E, WIDE, MASKED=True))
         pivot = _pivot(x, z, x_label, _load_label_logit(ref_row, label, V), scale, inv_temperature)
@@ -251,25 +267,20 @@ def token_stats_fold_kernel(
     lowest = tl.full([T], LOWEST, tl.float32)
     zero = tl.zeros([T], tl.float32)
     state = (lowest, zero, lowest, zero, zero, zero, zero, zero, zero, zero, zero, zero)
-    state = _fold_tile(state, x, z, group_of_thread, limit, pivot, x_label, label_group, scale, inv_temperature,
+    state = _fold_tile(state, x, z, _by_thread(group), limit, pivot, x_label, label_group, scale, inv_temperature,
                        True, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM)  # fmt: skip
 
     full = (limit - start) // TILE
     for i in range(1, full):
-        g = group + i * (K * T)
-        x = _by_thread(_load(policy_row, g, limit, E, WIDE, MASKED=False))
-        if ref_ptr is not None:
-            z = _by_thread(_load(ref_row, g, limit, E, WIDE, MASKED=False))
-        state = _fold_tile(state, x, z, group_of_thread + i * (K * T), limit, pivot, x_label, label_group, scale, inv_temperature,
-                           False, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM)  # fmt: skip
-
+        state = _fold_columns(
+            state, policy_row, ref_row, group + i * (K * T), limit, pivot, x_label, label_group, scale, inv_temperature,
+            E, WIDE, False, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM,
+        )  # fmt: skip
     if (full > 0) & (start + full * TILE < limit):
-        g = group + full * (K * T)
-        x = _by_thread(_load(policy_row, g, limit, E, WIDE, MASKED=True))
-        if ref_ptr is not None:
-            z = _by_thread(_load(ref_row, g, limit, E, WIDE, MASKED=True))
-        state = _fold_tile(state, x, z, group_of_thread + full * (K * T), limit, pivot, x_label, label_group, scale, inv_temperature,
-                           True, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM)  # fmt: skip
+        state = _fold_columns(
+            state, policy_row, ref_row, group + full * (K * T), limit, pivot, x_label, label_group, scale, inv_temperature,
+            E, WIDE, True, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM,
+        )  # fmt: skip
 
     # Merge the threads, once.
     m_x, s_x, m_z, s_z, b, a, far, h_x, h_z, squares, sum_x, beaten = state
@@ -305,11 +316,12 @@ def token_stats_fold_kernel(
 @triton.jit(
     do_not_specialize=["N", "inner", "segments", "V", "scale", "inv_temperature", "ignore_index", "field_stride",
                        "policy_outer", "policy_inner", "ref_outer", "ref_inner"],
-    do_not_specialize_on_alignment=["policy_ptr", "ref_ptr", "label_ptr", "record_ptr", "saved_ptr", "logp_ptr", "ref_logp_ptr", "kl_ptr",
-                                    "entropy_ptr", "ref_entropy_ptr", "accuracy_ptr", "mean_logit_ptr", "log_sum_sq_probs_ptr"],
+    do_not_specialize_on_alignment=["policy_ptr", "ref_ptr", "label_ptr", "record_ptr", "saved_ptr", "logp_ptr",
+                                    "ref_logp_ptr", "kl_ptr", "entropy_ptr", "ref_entropy_ptr", "accuracy_ptr",
+                                    "mean_logit_ptr", "log_sum_sq_probs_ptr"],
 )  # fmt: skip
 def token_stats_finish_kernel(
-    policy_ptr, ref_ptr, label_ptr, record_ptr,                      # in   logits as in fold, (N,) int64, (NUM_FIELDS, N, segments)
+    policy_ptr, ref_ptr, label_ptr, record_ptr,                      # in   as in fold, (NUM_FIELDS, N, segments)
     saved_ptr,                                                       # out  (4, N): m_x, s_x, m_z, s_z, kept for backward
     logp_ptr, ref_logp_ptr, kl_ptr,                                  # out  (N,) float32; a None is not wanted
     entropy_ptr, ref_entropy_ptr, accuracy_ptr, mean_logit_ptr, log_sum_sq_probs_ptr,
@@ -443,12 +455,13 @@ def _gradient_columns(
 @triton.jit(
     do_not_specialize=["N", "inner", "chunks", "chunk", "V", "W", "scale", "inv_temperature", "ignore_index",
                        "policy_outer", "policy_inner", "ref_outer", "ref_inner", "d_outer", "d_inner"],
-    do_not_specialize_on_alignment=["policy_ptr", "ref_ptr", "label_ptr", "saved_ptr", "g_logp_ptr", "g_kl_ptr", "d_policy_ptr"],
+    do_not_specialize_on_alignment=["policy_ptr", "ref_ptr", "label_ptr", "saved_ptr", "g_logp_ptr", "g_kl_ptr",
+                                    "d_policy_ptr"],
 )  # fmt: skip
 def token_stats_bwd_kernel(
     policy_ptr, ref_ptr, label_ptr, saved_ptr,                       # in   logits as in fold, (N,) int64, (4, N)
     g_logp_ptr, g_kl_ptr,                                            # in   (N,) float32 upstream gradients; None is zero
-    d_policy_ptr,                                                    # out  (outer, inner, W); may be the policy logits themselves
+    d_policy_ptr,                                                    # out  (outer, inner, W); may be the policy logits
     policy_outer: tl.int64, policy_inner: tl.int64,                  # row strides in groups of E columns
     ref_outer: tl.int64, ref_inner: tl.int64,
     d_outer: tl.int64, d_inner: tl.int64,
@@ -458,9 +471,9 @@ def token_stats_bwd_kernel(
 ):  # fmt: skip
     """One program writes one chunk of one row's gradient: reads 1 x and 1 z, writes 1 d_x per column.
 
-    With p = 2^(x·scale - m_x) / s_x and q alike: d_x = (g_logp·e_y + (g_kl - g_logp)·p - g_kl·q) / τ. An element is read and written
-    by the same thread, so writing over the policy logits is safe. Ignored rows are written without being read, and rows with
-    g_kl = 0 (DPO, and the chosen rows of TDPO2) do not read the reference.
+    With p = 2^(x·scale - m_x) / s_x and q alike: d_x = (g_logp·e_y + (g_kl - g_logp)·p - g_kl·q) / τ. An element is read and
+    written by the same thread, so writing over the policy logits is safe. Ignored rows are written without being read, and rows
+    with g_kl = 0 (DPO, and the chosen rows of TDPO2) do not read the reference.
     """
     pid = tl.program_id(0)
     row = pid // chunks
@@ -490,7 +503,9 @@ def token_stats_bwd_kernel(
             ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, WIDE, E)
             m_z = tl.load(saved_ptr + 2 * N + row)
             c_q = -g_kl * inv_temperature / tl.load(saved_ptr + 3 * N + row)
-            _gradient_columns(d_row, policy_row, ref_row, start, stop, V, label, g_label, c_p, c_q, m_x, m_z, scale, K, T, E, WIDE)
+            _gradient_columns(
+                d_row, policy_row, ref_row, start, stop, V, label, g_label, c_p, c_q, m_x, m_z, scale, K, T, E, WIDE
+            )
 
 
 # -------------------------------------------------------------------------------------------------------------------- config
@@ -521,7 +536,7 @@ MAX_SEGMENTS = 16
 """Records of a row that `finish` merges at once. Beyond 16 x SEGMENT_COLUMNS columns segments grow instead of multiplying."""
 
 SEGMENT_COLUMNS = 65_536
-"""Longest segment of an ordinary vocabulary: few rows still fill a GPU, and a thread still has 128 pairs to pay for its merge."""
+"""Longest segment of an ordinary vocabulary: few rows still fill a GPU, and a thread has 512 pairs to pay for its merge."""
 
 FINISH_ROWS = 32
 """Rows of one finish program."""
@@ -587,6 +602,7 @@ def _launch(kernel: triton.JITFunction, programs: int, **args: object) -> None:
     """The one place where kernels start: tests and the audit replace it to see exactly what would be launched."""
     if torch.version.hip:
         del args["maxnreg"]  # an option of NVIDIA's compiler
+    assert programs < 2**31, "more programs than a grid's first axis holds"
     if programs:
         with torch.cuda.device_of(args["policy_ptr"]):  # no-op for CPU tensors
             kernel[(programs,)](**args)
@@ -603,7 +619,14 @@ def _scales(temperature: float) -> dict[str, float]:
 
 
 def token_stats_fwd(
-    policy: Tensor, ref: Tensor | None, labels: Tensor, *, V: int, ignore_index: int, temperature: float, extras: tuple[str, ...]
+    policy: Tensor,
+    ref: Tensor | None,
+    labels: Tensor,
+    *,
+    V: int,
+    ignore_index: int,
+    temperature: float,
+    extras: tuple[str, ...],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Launches fold and finish.
 
@@ -646,8 +669,8 @@ def token_stats_fwd(
 
 
 def token_stats_bwd(
-    policy: Tensor, ref: Tensor | None, labels: Tensor, saved: Tensor, g_logp: Tensor | None, g_kl: Tensor | None, d_policy: Tensor, *,
-    V: int, ignore_index: int, temperature: float,
+    policy: Tensor, ref: Tensor | None, labels: Tensor, saved: Tensor, g_logp: Tensor | None, g_kl: Tensor | None,
+    d_policy: Tensor, *, V: int, ignore_index: int, temperature: float,
 ) -> None:  # fmt: skip
     """Launches backward: writes the gradient of the policy logits into `d_policy` (outer, inner, W), which may be `policy`.
 
@@ -661,7 +684,8 @@ def token_stats_bwd(
     chunks = -(-W // chunk)
     _launch(
         token_stats_bwd_kernel, N * chunks,
-        policy_ptr=policy, ref_ptr=ref, label_ptr=labels, saved_ptr=saved, g_logp_ptr=g_logp, g_kl_ptr=g_kl, d_policy_ptr=d_policy,
+        policy_ptr=policy, ref_ptr=ref, label_ptr=labels, saved_ptr=saved, g_logp_ptr=g_logp, g_kl_ptr=g_kl,
+        d_policy_ptr=d_policy,
         **_strides("policy", policy, tile.E), **_strides("ref", ref, tile.E), **_strides("d", d_policy, tile.E),
         N=N, inner=inner, chunks=chunks, chunk=chunk, V=V, W=W, ignore_index=ignore_index, **_scales(temperature),
         K=tile.K, T=tile.T, E=tile.E, WIDE=tile.WIDE, num_warps=tile.num_warps, maxnreg=backward_registers(tile, policy.dtype),

@@ -118,7 +118,7 @@ def test_tdpo2_with_alpha_0_is_dpo(backend: str, loss_type: str) -> None:
 def test_row_gradients(
     backend: str, variant: str, alpha: float, chosen: tuple[float, ...], rejected: tuple[float, ...]
 ) -> None:
-    """c = beta (1 - sigmoid(beta h)) / P with the variant's own h, to which TDPO2's chosen KL belongs; but it has no gradient."""
+    """c = beta (1 - sigmoid(beta h)) / P with the variant's own h, to which TDPO2's chosen KL adds; it has no gradient."""
     batch, beta = make_batch(holes=0.2, seed=4), 0.3
     options = {} if variant == "dpo" else {"alpha": alpha}
     _, grad = run(make_loss(variant, beta=beta, backend=backend, **options), batch)

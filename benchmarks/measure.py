@@ -1,0 +1,280 @@
+"""How a provider is measured: whether it is right, then its memory, then its time.
+
+Right: every value and the gradient, on rows spread over the batch, against the specification in float64. A provider that is
+wrong gets no time. How exact ours are is the tests' business; this gate only keeps nonsense out of a comparison.
+
+Memory: the peak beyond what lay in memory before, over one forward and backward; the gradient counts, the inputs do not. On a
+GPU torch's allocator says so. On a CPU torch's profiler lists every allocation and release, also those inside operators.
+
+Time: rounds in which each provider has its turn, so that a change of clocks or load meets all alike. On a GPU between device
+events, with the L2 cache full of something else, and queued behind a pause in which the host runs ahead, as it does in
+training. Logits are random, and restored where a provider overwrites them. `copy` is the floor: a copy within the device that
+moves as many bytes as the case must (cases.py), measured in the same rounds.
+"""
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cases import Case
+from fused_tdpo import TokenStats
+from fused_tdpo.reference import token_stats_reference
+from providers import Provider, Unavailable
+
+LIMITS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+"""Relative error ‖got − truth‖ / ‖truth‖ that the gate allows, by the dtype of the result."""
+
+CHECKED_ROWS = 32
+PHASES = ("forward", "backward", "both")
+QUANTILES = (0.2, 0.5, 0.8)
+TOO_FAST = 1.25
+"""Times the floor's speed: reading alone may be a little faster than copying, more is a mistake in what is measured."""
+
+PAUSE_CYCLES = 2_000_000
+"""About a millisecond."""
+
+
+class Inputs:
+    """Logits, labels and upstream gradients of a case; none of the latter is 0, so that no row may skip the reference."""
+
+    def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        self.ref = torch.empty(case.N, case.V, dtype=case.dtype, device=device)
+        self.policy = torch.empty_like(self.ref)
+        for x, z in zip(self.policy.split(1024), self.ref.split(1024), strict=True):
+            z.normal_(0, 3, generator=generator)
+            x.normal_(0, 0.5, generator=generator).add_(z)
+        self.pristine = self.policy.clone()
+        self.policy.requires_grad_()
+        labels = torch.randint(case.V, (case.N,), generator=generator, device=device)
+        self.labels = labels.masked_fill(case.ignored().to(device), -100)
+        self.g_logp = 0.5 + torch.rand(case.N, generator=generator, device=device)
+        self.g_kl = -0.5 - torch.rand(case.N, generator=generator, device=device)
+
+
+class Contender:
+    """A provider on inputs. Results: the logits it was given (a view: a leaf's gradient would be copied), its statistics."""
+
+    def __init__(self, provider: Provider, inputs: Inputs) -> None:
+        self.inputs, self.overwrites, self.function = inputs, provider.overwrites, provider.load()
+
+    def restore(self) -> None:
+        if self.overwrites:
+            self.inputs.policy.detach().copy_(self.inputs.pristine)
+
+    def forward(self) -> tuple[Tensor, TokenStats]:
+        logits = self.inputs.policy.view_as(self.inputs.policy)
+        return logits, self.function(logits, self.inputs.ref, self.inputs.labels)
+
+    def backward(self, logits: Tensor, stats: TokenStats) -> Tensor:
+        return gradient(logits, stats, self.inputs.g_logp, self.inputs.g_kl)
+
+    def both(self) -> tuple[TokenStats, Tensor]:
+        logits, stats = self.forward()
+        return stats, self.backward(logits, stats)
+
+    def round(self, clock: "Clock") -> dict[str, float]:
+        """Milliseconds of each phase."""
+        self.restore()
+        forward, results = clock(self.forward)
+        backward = clock(lambda: self.backward(*results))[0]
+        del results
+        self.restore()
+        return {"forward": forward, "backward": backward, "both": clock(self.both)[0]}
+
+
+class Copy:
+    """The floor: moves the bytes of each phase, half of them read and half written."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        words = {"forward": case.forward_bytes // 8, "backward": case.backward_bytes // 8}
+        self.source = torch.empty(max(words.values()), dtype=torch.int32, device=device).random_()
+        self.target = torch.empty_like(self.source)
+        self.words = words
+
+    def round(self, clock: "Clock") -> dict[str, float]:
+        """Milliseconds of each phase."""
+        ms = {phase: clock(lambda n=n: self.target[:n].copy_(self.source[:n]))[0] for phase, n in self.words.items()}
+        return ms | {"both": ms["forward"] + ms["backward"]}
+
+
+def gradient(logits: Tensor, stats: TokenStats, g_logp: Tensor, g_kl: Tensor, retain_graph: bool = False) -> Tensor:
+    """The gradient of `logits`, from upstream gradients of those statistics that are there."""
+    pairs = [(stat, g.to(stat.dtype)) for stat, g in ((stats.logp, g_logp), (stats.kl, g_kl)) if stat is not None]
+    outputs, upstream = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, logits, upstream, retain_graph=retain_graph)[0]
+
+
+class Truth:
+    """What is right, by the specification in float64, on some rows of a case."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        N, device = len(inputs.labels), inputs.labels.device
+        self.rows = torch.linspace(0, N - 1, min(N, CHECKED_ROWS), device=device, dtype=torch.float64).round().long()
+        self.logits = inputs.pristine[self.rows].double().requires_grad_()
+        self.labels = inputs.labels[self.rows]
+        self.stats = token_stats_reference(self.logits, inputs.ref[self.rows].double(), self.labels)
+        self.upstream = inputs.g_logp[self.rows], inputs.g_kl[self.rows]
+
+    def judge(self, stats: TokenStats, grad: Tensor) -> tuple[dict[str, float], list[str]]:
+        """(Relative error of each result, what is wrong in words). The gradient's is split: at the labels, which outweigh the
+        rest, and elsewhere."""
+        names = [name for name in ("logp", "ref_logp", "kl") if getattr(stats, name) is not None]
+        true_stats = TokenStats(**{"logp": None} | {name: getattr(self.stats, name) for name in names})
+        true_grad = gradient(self.logits, true_stats, *self.upstream, retain_graph=True)
+        grad, label = grad[self.rows], self.labels.clamp(min=0)[:, None]
+        results = {name: (getattr(stats, name)[self.rows], getattr(self.stats, name)) for name in names} | {
+            "gradient": (grad.scatter(-1, label, 0.0), true_grad.scatter(-1, label, 0.0)),
+            "gradient at the label": (grad.gather(-1, label), true_grad.gather(-1, label)),
+        }
+        errors = {name: relative_error(got, truth) for name, (got, truth) in results.items()}
+        limits = {name: LIMITS[got.dtype] for name, (got, _) in results.items()}
+        wrong = [f"relative error {error:.2g} of {name}" for name, error in errors.items() if not error <= limits[name]]
+        return errors, wrong
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """‖got − truth‖ / ‖truth‖; NaN where either holds one."""
+    return float((got.detach().double() - truth.detach()).norm() / truth.detach().norm())
+
+
+class Clock:
+    """Calls a function and returns (milliseconds, its result)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            self.other = torch.ones(2 * torch.cuda.get_device_properties(device).L2_cache_size // 4, dtype=torch.int32, device=device)
+
+    def __call__(self, function: Callable[[], object]) -> tuple[float, object]:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            result = function()
+            return 1e3 * (time.perf_counter() - start), result
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.other.max()  # read, not written: nothing is left to write back while the function runs
+        torch.cuda._sleep(PAUSE_CYCLES)
+        start.record()
+        result = function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end), result
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call allocated at its worst moment beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it announces itself otherwise
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@dataclass
+class Measurement:
+    """What was found out about a provider on a case; `refused` is the reason why there are no times."""
+
+    provider: str
+    refused: str = ""
+    failed: bool = False
+    """Refused for a fault, not for what the machine lacks."""
+    errors: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+    rounds: int = 0
+    ms: dict[str, list[float]] = field(default_factory=dict)
+    """Phase -> QUANTILES."""
+    floor_ms: dict[str, float] = field(default_factory=dict)
+    """Phase -> median of `copy` in the same rounds."""
+
+    def refuse(self, reason: str, failed: bool = False) -> None:
+        self.refused, self.failed = reason, failed
+
+
+def admit(name: str, provider: Provider, inputs: Inputs, truth: Truth) -> tuple[Measurement, Contender | None]:
+    """The gate: (errors and memory, the contender), or (the reason, None)."""
+    found, device = Measurement(name), inputs.policy.device
+    try:
+        contender = Contender(provider, inputs)
+        contender.restore()
+        found.errors, wrong = truth.judge(*contender.both())
+        if wrong:
+            found.refuse("wrong: " + ", ".join(wrong), failed=True)
+            return found, None
+        contender.restore()
+        found.peak_bytes = peak_bytes(contender.both, device)
+        return found, contender
+    except (ImportError, Unavailable) as error:
+        found.refuse(f"not available: {error}")
+    except torch.OutOfMemoryError:
+        found.refuse("out of memory")
+    except Exception as error:  # one contender's fault must not end the comparison of the others
+        found.refuse(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", failed=True)
+    return found, None
+
+
+def measure(
+    case: Case,
+    providers: Iterable[tuple[str, Provider]],
+    device: torch.device,
+    rounds: int,
+    out_of_time: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Measurement]:
+    """The floor, then each provider. At least one round is made, and no further one after the time is out; `say` tells how far."""
+    say("drawing logits")
+    inputs = Inputs(case, device)
+    truth = Truth(inputs)
+    found, contenders = {"copy": Measurement("copy")}, {"copy": Copy(case, device)}
+    for name, provider in providers:
+        say(f"checking {name}")
+        found[name], contender = admit(name, provider, inputs, truth)
+        if contender is not None:
+            contenders[name] = contender
+        else:
+            inputs.policy.detach().copy_(inputs.pristine)
+        gc.collect()
+    del truth
+
+    say("timing")
+    clock = Clock(device)
+    times = {name: [] for name in contenders}
+    for turn in range(rounds + 1):  # the first one warms up
+        if turn > 1 and out_of_time():
+            break
+        for name, contender in contenders.items():
+            ms = contender.round(clock)
+            if turn:
+                times[name].append(ms)
+
+    floor = {}
+    for name, rows in times.items():
+        result = found[name]
+        result.rounds = len(rows)
+        result.ms = {phase: quantiles([ms[phase] for ms in rows]) for phase in PHASES}
+        floor = floor or {phase: ms[1] for phase, ms in result.ms.items()}  # `copy` is the first
+        result.floor_ms = floor
+        fast = [phase for phase in ("forward", "backward") if floor[phase] > TOO_FAST * result.ms[phase][1]]
+        if fast:
+            result.refuse(f"{' and '.join(fast)} faster than the bytes allow: something is not measured", failed=True)
+    return list(found.values())
+
+
+def quantiles(values: list[float]) -> list[float]:
+    """QUANTILES of the values."""
+    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()

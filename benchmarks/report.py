@@ -1,0 +1,262 @@
+"""Turns records into tables, and keeps those in the documents equal to the records.
+
+    python benchmarks/report.py            rewrites what stands between `<!-- generated: NAME -->` and `<!-- end -->`
+    python benchmarks/report.py --check    fails where that would change anything
+    python benchmarks/report.py --plot     draws results/<device>.png, which needs matplotlib
+
+A record is a line of results/<device>.jsonl, written by run.py. Of each case and provider the newest one on a device counts.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cases import CASES
+from providers import PROVIDERS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+
+Record = dict  # as run.py writes it
+
+
+# -------------------------------------------------------------------------------------------------------------------- showing
+
+
+@dataclass
+class Table:
+    """Text in columns; the first is set left, the others right."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        rule = (":--", *("--:" for _ in self.columns[1:]))
+        return "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, rule, *self.rows))
+
+    def show(self, title: str = "") -> None:
+        """Prints it, with rich where that is installed."""
+        try:
+            from rich.console import Console
+            from rich.table import Table as RichTable
+        except ImportError:
+            widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+            print(f"\n{title}" if title else "")
+            for row in (self.columns, tuple("-" * width for width in widths), *self.rows):
+                first, *others = (cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+                print("  ".join((first, *others)))
+            return
+        table = RichTable(title=title or None, title_justify="left")
+        for i, name in enumerate(self.columns):
+            table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+        for row in self.rows:
+            table.add_row(*row)
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@contextmanager
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """Shows what is going on, and yields a function that says what is going on now."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        Console = None
+    if Console is not None and sys.stdout.isatty():
+        with Console().status(text) as spinner:
+            yield spinner.update
+    else:
+        print(text, flush=True)
+        yield lambda text: print(f"  {text}", flush=True)
+
+
+def as_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
+
+
+def as_ms(ms: float) -> str:
+    return f"{ms:.3g}" if ms < 1000 else f"{ms:,.0f}"
+
+
+# -------------------------------------------------------------------------------------------------------------------- records
+
+
+def load(folder: Path = RESULTS) -> list[Record]:
+    """All records of a folder, oldest first."""
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return sorted((json.loads(line) for line in lines), key=lambda record: record["date"])
+
+
+Newest = dict[str, dict[str, Record]]
+"""Case -> provider -> record, of one device; cases in the order of `CASES`, providers in that of `PROVIDERS`."""
+
+
+def newest(records: list[Record]) -> dict[str, Newest]:
+    """Device -> its newest records, GPUs first. What is no longer in `CASES` or `PROVIDERS` is left out."""
+    found = {(r["device"], r["case"], r["provider"]): r for r in records}
+    devices = sorted({(not r["driver"], r["device"]) for r in records})
+    result = {}
+    for _, device in devices:
+        result[device] = {}
+        for case in CASES:
+            own = {name: found[key] for name in ("copy", *PROVIDERS) if (key := (device, case.name, name)) in found}
+            if own:
+                result[device][case.name] = own
+    return result
+
+
+def share(record: Record, phase: str) -> float:
+    """The floor's time over the provider's: how much of the bandwidth of a copy it reaches, by the bytes it has to move."""
+    return record["floor_ms"][phase] / record["ms"][phase][1]
+
+
+def why_not(record: Record) -> str:
+    """A short word for a refusal."""
+    return "—" if record["refused"].startswith("not available") else record["refused"].partition(":")[0]
+
+
+def caption(records: list[Record]) -> str:
+    """The birth certificate of a table."""
+
+    def values(key: str) -> str:
+        return ", ".join(sorted({str(r[key]) for r in records if r[key]}))
+
+    commits = {f"{(r['commit'] or 'unknown')[:10]}{' + changes' if r['changed'] else ''}" for r in records}
+    driver = f"driver {values('driver')}, " if values("driver") else f"{values('threads')} threads, "
+    dates = sorted({r["date"][:10] for r in records})
+    rounds = sorted({r["rounds"] for r in records if r["rounds"]})
+    return (
+        f"**{records[0]['device']}**, {driver}torch {values('torch')}, triton {values('triton')}, Python {values('python')}; "
+        f"commit {', '.join(sorted(commits))}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; "
+        f"medians of {' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} rounds."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------- tables
+
+
+def headline(records: Newest) -> tuple[str, Table]:
+    """The first case in full."""
+    first = next(iter(records.values()))
+    table = Table(("", "forward ms", "backward ms", "both ms", "GB/s", "of copy's speed", "peak memory"))
+    for name, r in first.items():
+        if r["refused"]:
+            if why_not(r) != "—":
+                table.rows.append((f"`{name}`", why_not(r), "", "", "", "", as_bytes(r["peak_bytes"]) if r["peak_bytes"] else ""))
+            continue
+        times = [as_ms(r["ms"][phase][1]) for phase in ("forward", "backward", "both")]
+        rates = [r[f"{phase}_bytes"] / r["ms"][phase][1] / 1e6 for phase in ("forward", "backward")]
+        shares = [f"{share(r, phase):.0%}" for phase in ("forward", "backward")]
+        memory = as_bytes(r["peak_bytes"]) if name != "copy" else ""
+        table.rows.append((f"`{name}`", *times, " / ".join(f"{rate:,.0f}" for rate in rates), " / ".join(shares), memory))
+    case = next(iter(first.values()))
+    masked = f", {case['masked']:.0%} of the rows masked" if case["masked"] else ""
+    return f"{case['model']}: {case['N']:,} token rows, V = {case['V']:,}, {case['dtype']}{masked}.", table
+
+
+def by_case(records: Newest, cell: Callable[[Record], str], leave_out: tuple[str, ...] = ()) -> Table:
+    """A row for each case, a column for each provider that ran on the device at all."""
+    ran = {name for own in records.values() for name, r in own.items() if not r["refused"]}
+    names = [name for name in ("copy", *PROVIDERS) if name in ran and name not in leave_out]
+    table = Table(("", *(f"`{name}`" for name in names)))
+    for case, own in records.items():
+        cells = [(why_not(own[name]) if own[name]["refused"] else cell(own[name])) if name in own else "" for name in names]
+        table.rows.append((f"{next(iter(own.values()))['model']} `{case}`", *cells))
+    return table
+
+
+def time(records: Newest) -> tuple[str, Table]:
+    """Forward and backward of every case."""
+
+    def cell(r: Record) -> str:
+        times = " + ".join(as_ms(r["ms"][phase][1]) for phase in ("forward", "backward"))
+        return times if r["provider"] == "copy" else f"{times} ({share(r, 'both'):.0%})"
+
+    return "Milliseconds, forward + backward (both together, as a share of the speed of a copy).", by_case(records, cell)
+
+
+def memory(records: Newest) -> tuple[str, Table]:
+    """Peak memory of every case."""
+    text = "Peak memory over the inputs, forward and backward; the gradient counts."
+    return text, by_case(records, lambda r: as_bytes(r["peak_bytes"]), leave_out=("copy",))
+
+
+VIEWS = {"headline": headline, "time": time, "memory": memory}
+"""What a document may ask for."""
+
+
+def generated(view: str, records: list[Record]) -> str:
+    """Markdown of a view: a caption and a table for each device."""
+    parts = []
+    for own in newest(records).values():
+        text, table = VIEWS[view](own)
+        used = [r for providers in (list(own.values())[:1] if view == "headline" else own.values()) for r in providers.values()]
+        parts.append(f"{caption(used)} {text}\n\n{table.markdown()}")
+    return "\n\n".join(parts) or "_No records yet: `make bench` makes them._"
+
+
+def updated(text: str, records: list[Record]) -> str:
+    """A document with what is generated in it made anew. KeyError: it asks for a view that does not exist."""
+    pattern = r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda match: f"{match[1]}\n{generated(match[2], records)}\n\n{match[3]}", text, flags=re.DOTALL)
+
+
+def plot(device: str, records: Newest, path: Path) -> None:
+    """Time of forward and backward over the vocabulary, for each provider, at the number of rows with most vocabularies."""
+    import matplotlib.pyplot as plt
+
+    cases = {case.name: case for case in CASES if case.name in records and case.dtype.itemsize == 2 and not case.masked}
+    numbers = [case.N for case in cases.values()]
+    N = max(numbers, key=numbers.count)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name in ("copy", *PROVIDERS):
+        own = {case.V: records[key].get(name) for key, case in cases.items() if case.N == N}
+        points = sorted((V, r["ms"]["both"][1]) for V, r in own.items() if r and not r["refused"])
+        if points:
+            style = {"color": "black", "linestyle": "--"} if name == "copy" else {"marker": "o"}
+            axes.plot(*zip(*points, strict=True), label="copy (floor)" if name == "copy" else name, **style)
+    axes.set(xscale="log", yscale="log", xlabel="vocabulary", ylabel="ms, forward and backward", title=f"{device}: {N:,} rows, bf16")
+    axes.set_xticks(sorted({case.V for case in cases.values()}), [f"{V:,}" for V in sorted({c.V for c in cases.values()})])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None, documents: tuple[Path, ...] = DOCUMENTS, folder: Path = RESULTS) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a document differs from the records")
+    parser.add_argument("--plot", action="store_true", help="draw a picture for each device too")
+    args = parser.parse_args(arguments)
+
+    records = load(folder)
+    stale = []
+    for path in documents:
+        if path.exists() and (text := path.read_text()) != (new := updated(text, records)):
+            stale.append(path.name)
+            if not args.check:
+                path.write_text(new)
+    if args.plot:
+        for device, own in newest(records).items():
+            plot(device, own, folder / f"{slug(device)}.png")
+    print(f"{'differ from' if args.check else 'rewritten from'} the records: {', '.join(stale)}" if stale else "up to date")
+    return 1 if args.check and stale else 0
+
+
+def slug(device: str) -> str:
+    """A device's name as that of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
