@@ -6,6 +6,7 @@ tensors of CHUNK_ELEMENTS elements. Having both log-sum-exps before the KL, this
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,39 +44,51 @@ def _expm1_minus_id(r: Tensor) -> Tensor:
     return total.mul_(r).mul_(r)
 
 
-def _softmax(
-    logits: Tensor, ignored: Tensor, V: int, temperature: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logits/τ, their maximum, exponentials relative to it, the sum of these); ignored rows as if their logits were 0."""
-    x = logits[..., :V].to(dtype).masked_fill(ignored[:, None], 0.0).div_(temperature)
+class _Rows(NamedTuple):
+    """A chunk of R rows of one model. Logits are kept before the temperature, so that differences of them stay exact."""
+
+    x: Tensor
+    """(R, V) logits; 0 in ignored rows."""
+    m: Tensor
+    """(R,) their maximum."""
+    e: Tensor
+    """(R, V) exponentials e^((x - m)/τ)."""
+    s: Tensor
+    """(R,) the sum of these."""
+    temperature: float
+
+    def label_logp(self, y: Tensor) -> Tensor:
+        x_y = self.x.gather(-1, y[:, None]).squeeze(-1)
+        return ((x_y - self.m) / self.temperature - self.s.log()).clamp_(max=0.0)
+
+    def entropy(self) -> Tensor:
+        log_e = torch.where(self.e > 0, (self.x - self.m[:, None]) / self.temperature, 0.0)
+        return self.s.log() - (self.e * log_e).sum(-1) / self.s
+
+
+def _rows(logits: Tensor, ignored: Tensor, temperature: float, dtype: torch.dtype) -> _Rows:
+    x = logits.to(dtype).masked_fill(ignored[:, None], 0.0)
     m = x.amax(-1)
-    e = (x - m[:, None]).exp_()
-    return x, m, e, e.sum(-1)
+    e = (x - m[:, None]).div_(temperature).exp_()
+    return _Rows(x, m, e, e.sum(-1), temperature)
 
 
-def _entropy(x: Tensor, m: Tensor, e: Tensor, s: Tensor) -> Tensor:
-    return s.log() - torch.where(e > 0, e * (x - m[:, None]), 0.0).sum(-1) / s
-
-
-def _label_logp(x: Tensor, m: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    return ((x.gather(-1, y[:, None]).squeeze(-1) - m) - s.log()).clamp_(max=0.0)
-
-
-def _kl(x: Tensor, m_x: Tensor, e_x: Tensor, s_x: Tensor, z: Tensor, m_z: Tensor, e_z: Tensor, s_z: Tensor) -> Tensor:
+def _kl(policy: _Rows, ref: _Rows) -> Tensor:
     """KL(q || p) of each row."""
-    p, q = e_x / s_x[:, None], e_z / s_z[:, None]
+    p, q = policy.e / policy.s[:, None], ref.e / ref.s[:, None]
     live = q > 0
-    t = torch.where(live, x - z, 0.0)
+    t = torch.where(live, (policy.x - ref.x) / policy.temperature, 0.0)
     c = torch.where(t.isfinite(), q * t, 0.0).sum(-1, keepdim=True)
     t = torch.where(live, t - c, 0.0)
+    # r = log p - log q = t - shift with shift = lse(x) - lse(z) - c, of which the first form keeps what is small
+    u = (q * t.expm1()).sum(-1, keepdim=True)
     p_elsewhere = torch.where(live, 0.0, p).sum(-1, keepdim=True)
-    shift = torch.log1p((q * t.expm1()).sum(-1, keepdim=True)) - torch.log1p(-p_elsewhere)  # lse(x) - lse(z) - c
-    r = t - torch.where(shift.isfinite(), shift, 0.0)
+    plain = ((policy.m - ref.m) / policy.temperature + (policy.s.log() - ref.s.log()))[:, None] - c
+    shift = torch.where((u.abs() < 0.5) & (p_elsewhere < 0.5), torch.log1p(u) - torch.log1p(-p_elsewhere), plain)
+    r = t - shift
     near = live & (r.abs() < 0.125)
     terms = torch.where(near, q * _expm1_minus_id(torch.where(near, r, 0.0)), torch.where(live, p - q - q * r, p))
-    direct = terms.sum(-1)
-    plain = (m_x + s_x.log()) - (m_z + s_z.log()) - c.squeeze(-1)
-    return torch.where(shift.squeeze(-1).isfinite() & ~direct.isnan(), direct, plain).clamp_(min=0.0)
+    return terms.sum(-1).clamp_(min=0.0)
 
 
 def token_stats_fwd(
@@ -98,24 +111,24 @@ def token_stats_fwd(
         ignored = labels[rows] == ignore_index
         labelled = (labels[rows] >= 0) & (labels[rows] < V)
         y = labels[rows].where(labelled, 0)
-        x, m_x, e_x, s_x = _softmax(policy[o, part], ignored, V, temperature, dtype)
-        stats = {"logp": _label_logp(x, m_x, s_x, y)}
-        saved[0, rows], saved[1, rows] = m_x, s_x
+        x = _rows(policy[o, part, :V], ignored, temperature, dtype)
+        stats = {"logp": x.label_logp(y)}
+        saved[0, rows], saved[1, rows] = x.m, x.s
         if ref is not None:
-            z, m_z, e_z, s_z = _softmax(ref[o, part], ignored, V, temperature, dtype)
-            stats["ref_logp"] = _label_logp(z, m_z, s_z, y)
-            stats["kl"] = _kl(x, m_x, e_x, s_x, z, m_z, e_z, s_z)
-            saved[2, rows], saved[3, rows] = m_z, s_z
+            z = _rows(ref[o, part, :V], ignored, temperature, dtype)
+            stats["ref_logp"] = z.label_logp(y)
+            stats["kl"] = _kl(x, z)
+            saved[2, rows], saved[3, rows] = z.m, z.s
             if "ref_entropy" in extras:
-                stats["ref_entropy"] = _entropy(z, m_z, e_z, s_z)
+                stats["ref_entropy"] = z.entropy()
         if "accuracy" in extras:
-            stats["accuracy"] = (x.argmax(-1) == y).to(dtype)
+            stats["accuracy"] = (x.x.argmax(-1) == y).to(dtype)
         if "entropy" in extras:
-            stats["entropy"] = _entropy(x, m_x, e_x, s_x)
+            stats["entropy"] = x.entropy()
         if "mean_logit" in extras:
-            stats["mean_logit"] = x.mean(-1) * temperature
+            stats["mean_logit"] = x.x.mean(-1)
         if "log_sum_sq_probs" in extras:
-            stats["log_sum_sq_probs"] = e_x.square().sum(-1).log() - 2 * s_x.log()
+            stats["log_sum_sq_probs"] = x.e.square().sum(-1).log() - 2 * x.s.log()
         for name, stat in stats.items():
             if name in NEED_LABEL:
                 stat = stat.where(labelled, float("nan"))
@@ -135,9 +148,9 @@ def token_stats_bwd(
         m_x, s_x, m_z, s_z = saved[:, rows, None]
         y = labels[rows, None]
         labelled = (y >= 0) & (y < V)
-        d = (policy[o, part, :V].to(saved.dtype) / temperature).sub_(m_x).exp_().mul_((g_q - g_label)[rows, None] / s_x)
+        d = (policy[o, part, :V].to(saved.dtype) - m_x).div_(temperature).exp_().mul_((g_q - g_label)[rows, None] / s_x)
         if ref is not None and g_kl is not None:
-            q = (ref[o, part, :V].to(saved.dtype) / temperature).sub_(m_z).exp_()
+            q = (ref[o, part, :V].to(saved.dtype) - m_z).div_(temperature).exp_()
             d.sub_(q.mul_(g_q[rows, None] / s_z))
         d.scatter_add_(-1, y.where(labelled, 0), g_label[rows, None])
         d_policy[o, part, :V] = d.masked_fill_(~labelled, float("nan")).masked_fill_(y == ignore_index, 0.0)

@@ -29,9 +29,9 @@ def token_stats(
     """Per-token log-prob of the label under policy and reference, and KL(ref || policy), in one pass over the logits.
 
     With p = softmax(policy_logits / temperature), q = softmax(ref_logits / temperature) over the vocabulary and y the label
-    of a row: logp = log p(y), ref_logp = log q(y), kl = sum over v of q(v) (log q(v) - log p(v)). Forward reads each logit once and
-    writes a few numbers a row; backward reads each once and writes the gradient once. No tensor of full-vocabulary width is
-    made besides that gradient.
+    of a row: logp = log p(y), ref_logp = log q(y), kl = sum over v of q(v) (log q(v) - log p(v)). Forward reads each logit
+    once and writes a few numbers a row; backward reads each once and writes the gradient once. No tensor of full-vocabulary
+    width is made besides that gradient.
 
     Args:
         policy_logits: (..., V) float16, bfloat16, float32, or float64 (not for Triton). Any strides with contiguous columns are
@@ -72,7 +72,8 @@ def token_stats(
     if name == "reference":
         if inplace_backward:
             raise ValueError(
-                "inplace_backward needs a backend with its own backward: use backend='torch' or 'triton', or 'auto'"
+                "backend='reference' leaves backward to autograd, which cannot write over the logits: use backend='torch', "
+                "'triton' or 'auto', or leave inplace_backward off"
             )
         if check_labels:
             check_labels_in_range(labels, V, ignore_index)

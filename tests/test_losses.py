@@ -35,6 +35,9 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}  # float64 against float64: only the order
 NEAR = {"rtol": 1e-5, "atol": 1e-5}  # float32 against float64, rows of at most 200 columns, sums of at most 10 tokens
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+not_yet = pytest.mark.xfail(
+    strict=True, raises=(ValueError, AttributeError), reason="not in this version: delete this mark with the feature"
+)
 variants = pytest.mark.parametrize("variant", ["tdpo1", "tdpo2"])
 
 
@@ -239,7 +242,7 @@ F_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @backends
-@pytest.mark.parametrize("name", F_SCORES)
+@pytest.mark.parametrize("name", ["reverse_kl", *(pytest.param(f, marks=not_yet) for f in ("forward_kl", "js", "alpha"))])
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
 def test_f_dpo(backend: str, name: str, loss_type: str) -> None:
     """The pair loss of scores f'(exp rho); the rewards stay beta * rho."""
@@ -260,6 +263,7 @@ def test_f_dpo(backend: str, name: str, loss_type: str) -> None:
     torch.testing.assert_close(out.rejected_rewards, 0.2 * ratio_l, **EXACT)
 
 
+@not_yet
 @backends
 @variants
 @pytest.mark.parametrize(
@@ -550,7 +554,7 @@ def test_losses_on_gpu_do_not_synchronise(variant: str) -> None:
 COMPILED = [
     pytest.param(lambda: TDPOLoss(variant="tdpo1", backend="torch"), id="tdpo1"),
     pytest.param(lambda: TDPOLoss(backend="torch"), id="tdpo2"),
-    pytest.param(lambda: TDPOLoss(loss_type="ipo", divergence="js"), id="tdpo2-ipo-js-auto"),
+    pytest.param(lambda: TDPOLoss(loss_type="ipo", average_log_prob=True), id="tdpo2-ipo-auto"),
     pytest.param(lambda: DPOLoss(label_smoothing=0.1, backend="torch"), id="cdpo"),
 ]
 
@@ -632,7 +636,7 @@ SETTINGS: list[Any] = [
     (TDPOLoss, {"reward": "dpo"}, r"(?s)(?=.*reward)(?=.*effective)"),
     (TDPOLoss, {"reduction": "median"}, r"(?s)(?=.*reduction)(?=.*median)"),
     (TDPOLoss, {"divergence": "tv"}, r"(?s)(?=.*divergence)(?=.*forward_kl)"),
-    (TDPOLoss, {"divergence": "alpha"}, r"divergence_alpha"),
+    (TDPOLoss, {"divergence": "alpha"}, r"divergence"),  # without its order
     (TDPOLoss, {"divergence_alpha": 0.5}, r"divergence_alpha"),
     (DPOLoss, {"f_divergence": "chi2"}, r"(?s)(?=.*f_divergence)(?=.*chi2)(?=.*reverse_kl)"),
     (DPOLoss, {"f_divergence": "alpha"}, r"f_alpha"),
@@ -683,8 +687,8 @@ SHARED_DEFAULTS = {"interleaved": False, "reduction": "mean", "backend": "auto"}
     [
         ("TDPOLoss", TDPO_DEFAULTS | {"inplace_backward": False}),
         ("DPOLoss", DPO_DEFAULTS | SHARED_DEFAULTS | {"inplace_backward": False}),
-        ("LinearTDPOLoss", TDPO_DEFAULTS | LINEAR_DEFAULTS),
-        ("LinearDPOLoss", DPO_DEFAULTS | SHARED_DEFAULTS | LINEAR_DEFAULTS),
+        pytest.param("LinearTDPOLoss", TDPO_DEFAULTS | LINEAR_DEFAULTS, marks=not_yet),
+        pytest.param("LinearDPOLoss", DPO_DEFAULTS | SHARED_DEFAULTS | LINEAR_DEFAULTS, marks=not_yet),
     ],
 )
 def test_defaults(name: str, defaults: dict[str, object]) -> None:
@@ -765,7 +769,7 @@ class _Producer(torch.autograd.Function):
 
 
 LARGE_V = 2**17
-LARGE = ((8, 24), (4, 28))  # 64 rows: one (N, V) float32 tensor is 32 MiB
+LARGE = ((8, 24), (4, 28))  # 64 rows: one (N, V) float32 tensor is 32 MiB, more than a chunk; and so is half of it
 
 
 @pytest.fixture(scope="module")
@@ -776,9 +780,20 @@ def large() -> Batch:
     return layout._replace(policy=torch.randn(shape, generator=gen), ref=torch.randn(shape, generator=gen))
 
 
-def is_large(nbytes: int, batch: Batch) -> bool:
-    """Half an (N, V) tensor or more: what a copy, a cast or a concatenated half of the batch would take."""
-    return nbytes >= batch.policy.nbytes // 2
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    """The first half of the positions, and all of them: what grows from one to the other grows with N."""
+    half = batch.labels.shape[1] // 2
+    return Batch(*(x[:, :half].contiguous() for x in batch[:3]), (half, half)), batch
+
+
+def of_logits_size(memory: Memory, batch: Batch) -> list[int]:
+    """Allocations of half an (N, V) tensor or more: what a copy, a cast or a concatenated half of the batch would take."""
+    return [n for n in memory.allocated if n >= batch.policy.nbytes // 2]
+
+
+def assert_bounded(less: Memory, more: Memory, growth: int, by: int) -> None:
+    """From half of N to all of N, the peak grows by `growth` bytes and nothing that N * V would explain (`by` bytes)."""
+    assert abs(more.peak - less.peak - growth) < by // 16, f"peaks {less.peak} and {more.peak} bytes"
 
 
 def test_the_memory_counter_counts(large: Batch) -> None:
@@ -790,48 +805,54 @@ def test_the_memory_counter_counts(large: Batch) -> None:
 
     with Memory() as memory:
         hidden_copy(large.policy)
-    assert [n for n in memory.allocated if is_large(n, large)] == [large.policy.nbytes]
-    assert memory.peak >= large.policy.nbytes
+        hidden_copy(large.policy)
+    assert of_logits_size(memory, large) == [large.policy.nbytes] * 2
+    assert large.policy.nbytes <= memory.peak < 1.5 * large.policy.nbytes
 
 
-@variants
-@pytest.mark.parametrize("view", ["plain", "positions", "columns"])
-def test_one_gradient_and_nothing_else_of_its_size(large: Batch, variant: str, view: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "view"), [("tdpo1", "plain"), ("dpo", "plain"), ("tdpo2", "positions"), ("tdpo2", "columns")]
+)
+def test_one_gradient_and_nothing_else_of_its_size(large: Batch, family: str, view: str) -> None:
     """Also for views with a contiguous last axis: a copy would betray itself by its size."""
-    policy, ref, labels, _ = large
-    options = {}
-    if view == "positions":  # what slicing the last positions off a model's output gives
-        policy, ref, labels = policy[:, :-1], ref[:, :-1], labels[:, :-1]
-    elif view == "columns":
-        options["vocab_size"] = LARGE_V - 5
-        labels = labels.clamp(max=LARGE_V - 6)
-    policy = policy.detach().requires_grad_()
-    loss = TDPOLoss(variant=variant, backend="torch", **options)
-    with Memory() as forward:
-        out = loss(policy, ref, labels)
-    assert not [n for n in forward.allocated if is_large(n, large)]
-    assert forward.peak < large.policy.nbytes // 2
-    with Memory() as backward:
-        (grad,) = torch.autograd.grad(out.loss, policy)
-    assert [n for n in backward.allocated if is_large(n, large)] == [policy.numel() * policy.element_size()]
-    assert backward.peak < 1.5 * large.policy.nbytes
-    assert grad.shape == policy.shape
+    options: dict[str, Any] = {"vocab_size": LARGE_V - 5} if view == "columns" else {}
+    loss = DPOLoss(backend="torch") if family == "dpo" else TDPOLoss(variant=family, backend="torch", **options)
+    forwards, backwards, grads = [], [], []
+    for batch in halves(large):
+        policy, ref, labels, _ = batch
+        if view == "positions":  # what slicing the last positions off a model's output gives
+            policy, ref, labels = policy[:, :-1], ref[:, :-1], labels[:, :-1]
+        policy = policy.detach().requires_grad_()
+        with Memory() as forward:
+            out = loss(policy, ref, labels)
+        with Memory() as backward:
+            torch.autograd.grad(out.loss, policy)
+        grads.append(policy.numel() * policy.element_size())
+        forwards.append(forward)
+        backwards.append(backward)
+    assert not of_logits_size(forwards[1], large)
+    assert of_logits_size(backwards[1], large) == grads[1:]
+    assert_bounded(*forwards, growth=0, by=grads[1] - grads[0])
+    assert_bounded(*backwards, growth=grads[1] - grads[0], by=grads[1] - grads[0])
 
 
 @variants
 def test_in_place_nothing_of_the_logits_size_is_allocated(large: Batch, variant: str) -> None:
     """The gradient lies where the logits lay, and is the one that the ordinary backward gives."""
-    loss = TDPOLoss(variant=variant, backend="torch")
-    _, expected = value_and_grad(lambda x: loss(x, large.ref, large.labels), large.policy)
-    buffer, seed, seen = large.policy.clone(), torch.zeros(1, requires_grad=True), []
-    logits = _Producer.apply(seed, buffer, seen)
-    in_place = TDPOLoss(variant=variant, backend="torch", inplace_backward=True)
-    with Memory() as memory:
-        in_place(logits, large.ref, large.labels).loss.backward()
-    assert not [n for n in memory.allocated if is_large(n, large)]
-    assert memory.peak < large.policy.nbytes // 2
-    assert seen[0].data_ptr() == buffer.data_ptr()
-    assert torch.equal(seen[0], expected)
+    ordinary = TDPOLoss(variant=variant, backend="torch")
+    loss = TDPOLoss(variant=variant, backend="torch", inplace_backward=True)
+    memories = []
+    for batch in halves(large):
+        buffer, seed, seen = batch.policy.clone(), torch.zeros(1, requires_grad=True), []
+        logits = _Producer.apply(seed, buffer, seen)
+        with Memory() as memory:
+            loss(logits, batch.ref, batch.labels).loss.backward()
+        assert seen[0].data_ptr() == buffer.data_ptr()
+        _, expected = value_and_grad(lambda x, b=batch: ordinary(x, b.ref, b.labels), batch.policy)
+        assert torch.equal(seen[0], expected)
+        memories.append(memory)
+    assert not of_logits_size(memories[1], large)
+    assert_bounded(*memories, growth=0, by=large.policy.nbytes // 2)
 
 
 def test_in_place_twice_is_refused() -> None:

@@ -31,9 +31,9 @@ class Slack(NamedTuple):
     """Absolute, for gradients: probabilities below the smallest normal number may be flushed to zero."""
 
 
-_FLOAT32 = Slack(eps=2.0**-23, base=8.0, root=0.25, scale=2.0, tiny=1e-37)
+_FLOAT32 = Slack(eps=2.0**-23, base=6.0, root=0.125, scale=1.0, tiny=1e-37)
 SLACK = {
-    torch.float64: Slack(eps=2.0**-52, base=16.0, root=0.5, scale=4.0, tiny=1e-300),
+    torch.float64: Slack(eps=2.0**-52, base=6.0, root=0.125, scale=1.0, tiny=1e-300),
     torch.float32: _FLOAT32,
     # Half-precision logits are computed in float32. The rounding of a stored gradient is in the naive error already.
     torch.float16: _FLOAT32,
