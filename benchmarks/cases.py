@@ -65,7 +65,7 @@ CASES = (
     *(Case(16384, V) for V in MODELS),
     Case(128, 32_000, tags=SMALL),
     Case(128, 151_936, tags=CPU),
-    Case(128, 151_936, dtype=torch.float32, tags=CPU),
+    Case(128, 151_936, dtype=torch.float32),
     *(Case(128, V) for V in (128_256, 262_144, 50_257, 49_152)),
 )
 """On a GPU 128 rows show the fixed cost and 16,384 the sustained rate. A CPU takes 128 rows only."""

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ class Contender:
         self.inputs, self.overwrites, self.function = inputs, provider.overwrites, provider.load()
 
     def restore(self) -> None:
+        """Undoes what the provider wrote over the policy's logits; they are as drawn between any two measurements."""
         if self.overwrites:
             self.inputs.policy.detach().copy_(self.inputs.pristine)
 
@@ -80,12 +82,13 @@ class Contender:
 
     def round(self, clock: "Clock") -> dict[str, float]:
         """Milliseconds of each phase."""
-        self.restore()
         forward, results = clock(self.forward)
-        backward = clock(lambda: self.backward(*results))[0]
+        backward = clock(partial(self.backward, *results))[0]
         del results
         self.restore()
-        return {"forward": forward, "backward": backward, "both": clock(self.both)[0]}
+        both = clock(self.both)[0]
+        self.restore()
+        return {"forward": forward, "backward": backward, "both": both}
 
 
 class Copy:
@@ -149,7 +152,8 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
-            self.other = torch.ones(2 * torch.cuda.get_device_properties(device).L2_cache_size // 4, dtype=torch.int32, device=device)
+            cache = torch.cuda.get_device_properties(device).L2_cache_size
+            self.other = torch.ones(2 * cache // 4, dtype=torch.int32, device=device)
 
     def __call__(self, function: Callable[[], object]) -> tuple[float, object]:
         if self.device.type != "cuda":
@@ -211,14 +215,13 @@ def admit(name: str, provider: Provider, inputs: Inputs, truth: Truth) -> tuple[
     found, device = Measurement(name), inputs.policy.device
     try:
         contender = Contender(provider, inputs)
-        contender.restore()
         found.errors, wrong = truth.judge(*contender.both())
-        if wrong:
-            found.refuse("wrong: " + ", ".join(wrong), failed=True)
-            return found, None
         contender.restore()
-        found.peak_bytes = peak_bytes(contender.both, device)
-        return found, contender
+        if not wrong:
+            found.peak_bytes = peak_bytes(contender.both, device)
+            contender.restore()
+            return found, contender
+        found.refuse("wrong: " + ", ".join(wrong), failed=True)
     except (ImportError, Unavailable) as error:
         found.refuse(f"not available: {error}")
     except torch.OutOfMemoryError:
@@ -236,7 +239,7 @@ def measure(
     out_of_time: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Measurement]:
-    """The floor, then each provider. At least one round is made, and no further one after the time is out; `say` tells how far."""
+    """The floor, then each provider. At least one round is made, and no more once the time is out."""
     say("drawing logits")
     inputs = Inputs(case, device)
     truth = Truth(inputs)
@@ -246,7 +249,7 @@ def measure(
         found[name], contender = admit(name, provider, inputs, truth)
         if contender is not None:
             contenders[name] = contender
-        else:
+        elif provider.overwrites:
             inputs.policy.detach().copy_(inputs.pristine)
         gc.collect()
     del truth

@@ -42,22 +42,24 @@ class Table:
 
     def show(self, title: str = "") -> None:
         """Prints it, with rich where that is installed."""
+        title = title.replace("`", "")
+        columns, *rows = [tuple(cell.replace("`", "") for cell in row) for row in (self.columns, *self.rows)]
         try:
             from rich.console import Console
             from rich.table import Table as RichTable
         except ImportError:
-            widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+            widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
             print(f"\n{title}" if title else "")
-            for row in (self.columns, tuple("-" * width for width in widths), *self.rows):
-                first, *others = (cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-                print("  ".join((first, *others)))
+            for row in (columns, tuple("-" * width for width in widths), *rows):
+                cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+                print("  ".join((row[0].ljust(widths[0]), *cells[1:])))
             return
         table = RichTable(title=title or None, title_justify="left")
-        for i, name in enumerate(self.columns):
-            table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
-        for row in self.rows:
+        for i, name in enumerate(columns):
+            table.add_column(name, justify="right" if i else "left", no_wrap=i == 0, overflow="fold")
+        for row in rows:
             table.add_row(*row)
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 @contextmanager
@@ -75,16 +77,17 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: print(f"  {text}", flush=True)
 
 
+def digits(value: float) -> str:
+    """Three significant digits, or all of an integer part."""
+    return f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:,.0f}"
+
+
 def as_bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
+        if count < 999.5:
+            return f"{digits(count)} {unit}"
         count /= 1024
-    return f"{count:.3g} GiB"
-
-
-def as_ms(ms: float) -> str:
-    return f"{ms:.3g}" if ms < 1000 else f"{ms:,.0f}"
+    return f"{digits(count)} GiB"
 
 
 # -------------------------------------------------------------------------------------------------------------------- records
@@ -128,10 +131,10 @@ def caption(records: list[Record]) -> str:
     """The birth certificate of a table."""
 
     def values(key: str) -> str:
-        return ", ".join(sorted({str(r[key]) for r in records if r[key]}))
+        return ", ".join(sorted({str(r[key] or "none") for r in records}))
 
     commits = {f"{(r['commit'] or 'unknown')[:10]}{' + changes' if r['changed'] else ''}" for r in records}
-    driver = f"driver {values('driver')}, " if values("driver") else f"{values('threads')} threads, "
+    driver = f"driver {values('driver')}, " if records[0]["driver"] else f"{values('threads')} threads, "
     dates = sorted({r["date"][:10] for r in records})
     rounds = sorted({r["rounds"] for r in records if r["rounds"]})
     return (
@@ -151,43 +154,60 @@ def headline(records: Newest) -> tuple[str, Table]:
     for name, r in first.items():
         if r["refused"]:
             if why_not(r) != "—":
-                table.rows.append((f"`{name}`", why_not(r), "", "", "", "", as_bytes(r["peak_bytes"]) if r["peak_bytes"] else ""))
+                table.rows.append((f"`{name}`", why_not(r), *[""] * 5))
             continue
-        times = [as_ms(r["ms"][phase][1]) for phase in ("forward", "backward", "both")]
+        times = [digits(r["ms"][phase][1]) for phase in ("forward", "backward", "both")]
         rates = [r[f"{phase}_bytes"] / r["ms"][phase][1] / 1e6 for phase in ("forward", "backward")]
         shares = [f"{share(r, phase):.0%}" for phase in ("forward", "backward")]
         memory = as_bytes(r["peak_bytes"]) if name != "copy" else ""
-        table.rows.append((f"`{name}`", *times, " / ".join(f"{rate:,.0f}" for rate in rates), " / ".join(shares), memory))
+        table.rows.append(
+            (
+                f"`{name}`",
+                *times,
+                " / ".join(digits(rate) for rate in rates),
+                " / ".join(shares),
+                memory,
+            )
+        )
     case = next(iter(first.values()))
     masked = f", {case['masked']:.0%} of the rows masked" if case["masked"] else ""
     return f"{case['model']}: {case['N']:,} token rows, V = {case['V']:,}, {case['dtype']}{masked}.", table
 
 
-def by_case(records: Newest, cell: Callable[[Record], str], leave_out: tuple[str, ...] = ()) -> Table:
-    """A row for each case, a column for each provider that ran on the device at all."""
+Column = tuple[str, str, Callable[[Record], str]]
+"""Heading, provider, what its record says."""
+
+
+def by_case(records: Newest, columns: list[Column]) -> Table:
+    """A row for each case, and those columns whose provider ran on the device at all."""
     ran = {name for own in records.values() for name, r in own.items() if not r["refused"]}
-    names = [name for name in ("copy", *PROVIDERS) if name in ran and name not in leave_out]
-    table = Table(("", *(f"`{name}`" for name in names)))
+    columns = [column for column in columns if column[1] in ran]
+    table = Table(("", *(heading for heading, _, _ in columns)))
     for case, own in records.items():
-        cells = [(why_not(own[name]) if own[name]["refused"] else cell(own[name])) if name in own else "" for name in names]
+        cells = [
+            (why_not(own[name]) if own[name]["refused"] else cell(own[name])) if name in own else ""
+            for _, name, cell in columns
+        ]
         table.rows.append((f"{next(iter(own.values()))['model']} `{case}`", *cells))
     return table
 
 
 def time(records: Newest) -> tuple[str, Table]:
-    """Forward and backward of every case."""
+    """Every case: both phases of the fused op, and their sum for all."""
 
-    def cell(r: Record) -> str:
-        times = " + ".join(as_ms(r["ms"][phase][1]) for phase in ("forward", "backward"))
-        return times if r["provider"] == "copy" else f"{times} ({share(r, 'both'):.0%})"
+    def ms(phase: str) -> Callable[[Record], str]:
+        return lambda r: digits(r["ms"][phase][1]) + ("" if r["provider"] == "copy" else f" ({share(r, phase):.0%})")
 
-    return "Milliseconds, forward + backward (both together, as a share of the speed of a copy).", by_case(records, cell)
+    own: list[Column] = [(f"`fused` {phase}", "fused", ms(phase)) for phase in ("forward", "backward")]
+    everyone: list[Column] = [(f"`{name}`", name, ms("both")) for name in ("copy", *PROVIDERS)]
+    text = "Milliseconds of forward and backward (share of a copy's speed); of `fused` also each alone."
+    return text, by_case(records, everyone + own)
 
 
 def memory(records: Newest) -> tuple[str, Table]:
     """Peak memory of every case."""
-    text = "Peak memory over the inputs, forward and backward; the gradient counts."
-    return text, by_case(records, lambda r: as_bytes(r["peak_bytes"]), leave_out=("copy",))
+    columns: list[Column] = [(f"`{name}`", name, lambda r: as_bytes(r["peak_bytes"])) for name in PROVIDERS]
+    return "Peak memory over the inputs, forward and backward; the gradient counts.", by_case(records, columns)
 
 
 VIEWS = {"headline": headline, "time": time, "memory": memory}
@@ -196,9 +216,9 @@ VIEWS = {"headline": headline, "time": time, "memory": memory}
 
 def generated(view: str, records: list[Record]) -> str:
     """Markdown of a view: a caption and a table for each device."""
-    parts = []
+    make, parts = VIEWS[view], []
     for own in newest(records).values():
-        text, table = VIEWS[view](own)
+        text, table = make(own)
         used = [r for providers in (list(own.values())[:1] if view == "headline" else own.values()) for r in providers.values()]
         parts.append(f"{caption(used)} {text}\n\n{table.markdown()}")
     return "\n\n".join(parts) or "_No records yet: `make bench` makes them._"
@@ -211,24 +231,26 @@ def updated(text: str, records: list[Record]) -> str:
 
 
 def plot(device: str, records: Newest, path: Path) -> None:
-    """Time of forward and backward over the vocabulary, for each provider, at the number of rows with most vocabularies."""
+    """Time of forward and backward over the vocabulary, a line for each provider; at the rows with the most vocabularies."""
     import matplotlib.pyplot as plt
 
-    cases = {case.name: case for case in CASES if case.name in records and case.dtype.itemsize == 2 and not case.masked}
-    numbers = [case.N for case in cases.values()]
-    N = max(numbers, key=numbers.count)
+    cases = [case for case in CASES if case.name in records and case.dtype.itemsize == 2 and not case.masked]
+    numbers = [case.N for case in cases]
+    N = max(numbers, key=numbers.count, default=0)
+    if numbers.count(N) < 3:
+        return
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name in ("copy", *PROVIDERS):
-        own = {case.V: records[key].get(name) for key, case in cases.items() if case.N == N}
+        own = {case.V: records[case.name].get(name) for case in cases if case.N == N}
         points = sorted((V, r["ms"]["both"][1]) for V, r in own.items() if r and not r["refused"])
         if points:
             style = {"color": "black", "linestyle": "--"} if name == "copy" else {"marker": "o"}
             axes.plot(*zip(*points, strict=True), label="copy (floor)" if name == "copy" else name, **style)
-    axes.set(xscale="log", yscale="log", xlabel="vocabulary", ylabel="ms, forward and backward", title=f"{device}: {N:,} rows, bf16")
-    axes.set_xticks(sorted({case.V for case in cases.values()}), [f"{V:,}" for V in sorted({c.V for c in cases.values()})])
+    axes.set(xscale="log", yscale="log", xlabel="vocabulary", ylabel="forward + backward, ms", title=f"{device}, {N:,} rows")
+    axes.set_xticks([thousands * 1024 for thousands in (32, 64, 128, 256)], ["32k", "64k", "128k", "256k"])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -236,7 +258,7 @@ def plot(device: str, records: Newest, path: Path) -> None:
 def main(arguments: list[str] | None = None, documents: tuple[Path, ...] = DOCUMENTS, folder: Path = RESULTS) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a document differs from the records")
-    parser.add_argument("--plot", action="store_true", help="draw a picture for each device too")
+    parser.add_argument("--plot", action="store_true", help="draw a picture for each device that has three vocabularies")
     args = parser.parse_args(arguments)
 
     records = load(folder)

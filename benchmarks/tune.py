@@ -19,17 +19,22 @@ from fused_tdpo import TokenStats, token_stats
 from fused_tdpo.kernels import token_stats as kernels
 from measure import Clock, Contender, Copy, Inputs, Truth, quantiles
 from providers import Provider
-from report import Table, as_ms
+from report import Table, digits
 
 CASES = ("N4096-V151936-bf16", "N4096-V32000-bf16", "N4096-V262144-bf16", "N128-V151936-bf16")
 
 Config = Mapping[str, int]
 SWEEPS: dict[str, dict[str, tuple[int, ...]]] = {
-    "forward": {"warps": (1, 2, 4, 8), "pairs": (8, 16, 32), "registers": (72, 96, 128), "segment": (2**15, 2**16, 2**17, 2**30)},
+    "forward": {
+        "warps": (1, 2, 4, 8),
+        "pairs": (8, 16, 32),
+        "registers": (72, 96, 128),
+        "segment": (2**15, 2**16, 2**17, 2**30),
+    },
     "backward": {"warps": (1, 2, 4, 8), "pairs": (8, 16, 32), "registers": (40, 64), "tiles": (4, 8, 16)},
 }
-"""Phase -> choices: warps of a program, logit pairs a thread holds of a tile, cap of registers a thread, then the most columns of
-a segment, or the tiles of a chunk."""
+"""Phase -> choices: warps of a program, logit pairs of a tile that a thread holds, cap of its registers; then the most columns
+of a segment, or the tiles of a chunk."""
 
 
 @contextmanager
@@ -70,7 +75,7 @@ def tune(
     say: Callable[[str], None],
     sweep: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[list[dict], float]:
-    """(Each choice with its errors and times or the reason why it has none, the default first and last; the floor's milliseconds)."""
+    """(Each choice with its times or the reason why it has none, the default first and last; the floor's milliseconds)."""
     inputs, clock = Inputs(case, device), Clock(device)
     truth, contender = Truth(inputs), Contender(Provider(lambda: partial(token_stats, backend="triton")), inputs)
     sweep = sweep or SWEEPS[phase]
@@ -118,6 +123,6 @@ def best(found: list[dict], floor: float, count: int = 6) -> Table:
     names = tuple(found[0]["config"])
     table = Table(("", *names, "ms", "of copy's speed"))
     for place, choice in [*enumerate(fastest, 1), ("default", found[0]), ("default again", found[-1])]:
-        times = (as_ms(choice["ms"][1]), f"{floor / choice['ms'][1]:.0%}") if choice["ms"] else (choice["refused"], "")
+        times = (digits(choice["ms"][1]), f"{floor / choice['ms'][1]:.0%}") if choice["ms"] else (choice["refused"], "")
         table.rows.append((str(place), *(str(choice["config"][name]) for name in names), *times))
     return table

@@ -1,6 +1,6 @@
 """`backend="torch"`: the arithmetic of the Triton kernels in plain PyTorch, a bounded number of rows at a time, on any device.
 
-The two functions have the signatures of the launchers in `kernels/token_stats.py`. Memory beyond inputs and outputs: a few
+The two functions have the signatures of the launchers in `kernels/token_stats.py`. Memory beyond inputs and outputs: a dozen
 tensors of CHUNK_ELEMENTS elements. Having both log-sum-exps before the KL, this backend sums non-negative terms directly
 (docs/math.md, "Two passes"): KL = sum of q·(e^r - 1 - r) with r = log p - log q, plus p's mass where q = 0.
 """

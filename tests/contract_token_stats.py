@@ -871,7 +871,8 @@ class FusedTokenStatsContract(TokenStatsContract):
     def test_kl_is_never_negative(self, dtype):
         # Not by one rounding, at any distance: a KL below zero has no logarithm, no root and no excuse.
         for i, distance in enumerate((1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1.0)):
-            case = self.case((max(2, self.backend.rows // 20),), 515, dtype=dtype, ref_dtype=fp32, distance=distance, seed=10 * i)
+            rows = max(2, self.backend.rows // 20)
+            case = self.case((rows,), 515, dtype=dtype, ref_dtype=fp32, distance=distance, seed=10 * i)
             kl = self.backend(case.policy, case.ref, case.labels).kl
             assert (kl >= 0).all(), f"distance {distance}: KL {kl.min().item()} is negative"
 

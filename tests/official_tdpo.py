@@ -6,12 +6,11 @@ Two derivations of the same numbers, on a model's ordinary unshifted labels:
   reference `softmax().log()`, gather, multiply by the mask, sum. It runs in the dtype it is handed (they cast to float32, we
   hand it float64) and inherits the original's weakness: a reference probability that underflows makes 0 * (-inf) = NaN.
 * `expected_sums` and `effective_ratios`: the same mathematics with `log_softmax` on both sides and terms *selected* instead of
-  multiplied, plus what the original has not: token weights, temperature, other divergences.
+  multiplied, plus what the original has not: token weights and temperature.
 
 Sequences are stacked chosen first, then rejected: S = 2P.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -100,24 +99,11 @@ class Sums(NamedTuple):
     lengths: Tensor
 
 
-def divergence_rows(log_p: Tensor, log_q: Tensor, name: str = "forward_kl", a: float | None = None) -> Tensor:
-    """(..., V) log-probs of policy and reference -> (...) divergence in nats. A term whose weight is 0 is 0."""
-
-    def cross(weight: Tensor, difference: Tensor) -> Tensor:
-        live = weight > 0
-        return torch.where(live, weight * torch.where(live, difference, 0.0), 0.0).sum(-1)
-
-    p, q = log_p.exp(), log_q.exp()
-    if name == "forward_kl" or (name == "alpha" and a == 0.0):
-        return cross(q, log_q - log_p)
-    if name == "reverse_kl" or (name == "alpha" and a == 1.0):
-        return cross(p, log_p - log_q)
-    if name == "js":
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        return 0.5 * cross(q, log_q - log_m) + 0.5 * cross(p, log_p - log_m)
-    if name == "alpha":
-        return ((p**a * q ** (1 - a)).sum(-1) - 1) / (a * (a - 1))
-    raise AssertionError(name)
+def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(..., V) log-probs of policy and reference -> (...) KL(q || p) in nats. A term whose q is 0 is 0."""
+    q = log_q.exp()
+    live = q > 0
+    return torch.where(live, q * torch.where(live, log_q - log_p, 0.0), 0.0).sum(-1)
 
 
 def expected_sums(
@@ -129,8 +115,6 @@ def expected_sums(
     temperature: float = 1.0,
     token_weights: Tensor | None = None,
     kl_weights: Tensor | None = None,
-    divergence: str = "forward_kl",
-    divergence_alpha: float | None = None,
 ) -> Sums:
     """Sequence sums of (S, T, V) logits. A weight belongs to the label of the same position and is shifted with it."""
     dtype = torch.float64
@@ -140,7 +124,7 @@ def expected_sums(
     log_q = torch.where(keep, ref.detach()[:, :-1].to(dtype), 0.0).div(temperature).log_softmax(-1)
     y = torch.where(mask, labels[:, 1:].long(), 0)[..., None]
     logp, ref_logp = log_p.gather(-1, y)[..., 0], log_q.gather(-1, y)[..., 0]
-    kl = divergence_rows(log_p, log_q, divergence, divergence_alpha)
+    kl = kl_rows(log_p, log_q)
 
     def over_tokens(rows: Tensor, weights: Tensor | None = None) -> Tensor:
         if weights is not None:

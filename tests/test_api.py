@@ -158,10 +158,7 @@ LAYERS = (  # a module imports from the layers below its own, never from its own
     {"kernels", "reference", "_torch_backend", "_backends", "_checks"},
     {"types"},
 )
-OUTSIDE = {
-    "kernels": {"torch", "triton"},
-    "functions": {"torch", "triton"},
-}  # packages that may be imported; others: torch alone
+OUTSIDE = {"kernels": {"torch", "triton"}, "functions": {"torch", "triton"}}  # what else than torch may be imported
 
 
 def layer_of(module: str) -> int:

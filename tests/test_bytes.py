@@ -6,6 +6,7 @@ records of the segments, outputs. They are counted in: a real vocabulary hides t
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,7 @@ class Case:
     cut: int = 0
     """Columns of a segment and of a chunk, where they are made shorter than the interpreter has time for. 0: as they are."""
     extras: tuple[str, ...] = ()
+    ignore_index: int = -100
 
     @property
     def width(self) -> int:
@@ -129,6 +131,7 @@ CASES = {
     "padded-by-more-than-a-tile-narrow": Case(V=300, pitch=2201, padded_vocabulary=True),
     "cut-in-three": Case(V=5001, pitch=5008, cut=2048),
     "cut-in-three-narrow": Case(V=5001, cut=2048),
+    "ignored-label-in-the-vocabulary": Case(V=256, ignore_index=7),  # whose logit must not be looked up
 }
 IN_PLACE = ("last-group-partial", "narrow", "padded-by-more-than-a-tile", "cut-in-three")
 WITH_EXTRAS = {
@@ -158,7 +161,8 @@ class Inputs:
 
     @property
     def active(self) -> Tensor:
-        return self.labels != -100
+        """(N,) rows that are not ignored."""
+        return torch.arange(N) != IGNORED
 
 
 def make(case: Case) -> Inputs:
@@ -169,14 +173,18 @@ def make(case: Case) -> Inputs:
         return memory.to(dtype)
 
     memory = {"policy": logits(case.dtype)} | ({"ref": logits(case.ref_dtype)} if case.ref_dtype else {})
-    labels = torch.tensor([0, -100, case.V - 1])
+    labels = torch.tensor([0, case.ignore_index, case.V - 1])
     ref = memory["ref"][:, : case.width] if case.ref_dtype else None
     return Inputs(memory["policy"][:, : case.width], ref, labels, memory)
 
 
+def options(case: Case) -> dict[str, Any]:
+    return {"vocab_size": case.V, "ignore_index": case.ignore_index, "backend": "triton"}
+
+
 def forward(case: Case, inputs: Inputs) -> Traffic:
     with torch.no_grad(), counted_traffic() as traffic:
-        token_stats(inputs.policy, inputs.ref, inputs.labels, vocab_size=case.V, extras=case.extras, backend="triton")
+        token_stats(inputs.policy, inputs.ref, inputs.labels, extras=case.extras, **options(case))
     return traffic
 
 
@@ -184,7 +192,7 @@ def backward(case: Case, inputs: Inputs, g_logp: Tensor | None, g_kl: Tensor | N
     """Upstream gradients of logp and of kl, None where that output is not used."""
     leaf = inputs.policy.requires_grad_()
     logits = leaf.view_as(leaf)  # same memory, no leaf: what is written in place is seen in `inputs.memory`
-    stats = token_stats(logits, inputs.ref, inputs.labels, vocab_size=case.V, backend="triton", inplace_backward=in_place)
+    stats = token_stats(logits, inputs.ref, inputs.labels, inplace_backward=in_place, **options(case))
     used = [(stat, g) for stat, g in ((stats.logp, g_logp), (stats.kl, g_kl)) if g is not None]
     with counted_traffic() as traffic:
         torch.autograd.grad([stat for stat, _ in used], [leaf], [g for _, g in used])

@@ -60,7 +60,7 @@ def launch_both(policy: Tensor, ref: Tensor | None, V: int, d_policy: Tensor | N
 
 
 def check_promises(launch: Launch) -> bool | None:
-    """Hold the arguments of a launch against what the kernel takes for granted. Returns WIDE; None for `finish`, which has none."""
+    """Hold the arguments of a launch against what its kernel takes for granted. Returns WIDE, or None for `finish`."""
     kernel, programs, args = launch
     finish, backward = "finish" in kernel, "bwd" in kernel
     logits = {"policy": args["policy_ptr"], "ref": args["ref_ptr"]} | ({"d": args["d_policy_ptr"]} if backward else {})
