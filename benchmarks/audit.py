@@ -384,8 +384,8 @@ def show(reports: list[Report]) -> None:
             table.add_row(*row, style="red" if row[-1] == "FAIL" else None)
         Console(width=None if sys.stdout.isatty() else 140).print(table)
     for report in reports:
-        for failure in report.failures:
-            print(f"FAIL  {report.case} on {report.target}: {failure}")
+        if report.failures:
+            print(f"FAIL  {report.case} on {report.target}: {'; '.join(report.failures)}")
 
 
 def show_lines(report: Report, source: Path) -> None:

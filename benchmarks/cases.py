@@ -63,8 +63,8 @@ CASES = (
     Case(4096, 151_936, masked=0.5),
     Case(4096, 151_936, dtype=torch.float32),
     *(Case(16384, V) for V in MODELS),
-    Case(128, 32_000, tags=SMALL),
     Case(128, 151_936, tags=CPU),
+    Case(128, 32_000, tags=SMALL),
     Case(128, 151_936, dtype=torch.float32),
     *(Case(128, V) for V in (128_256, 262_144, 50_257, 49_152)),
 )

@@ -59,7 +59,7 @@ class Inputs:
 
 
 class Contender:
-    """A provider on inputs. Results: the logits it was given (a view: a leaf's gradient would be copied), its statistics."""
+    """A provider on inputs. It is given logits that are no leaf, as a model's are not."""
 
     def __init__(self, provider: Provider, inputs: Inputs) -> None:
         self.inputs, self.overwrites, self.function = inputs, provider.overwrites, provider.load()

@@ -47,7 +47,9 @@ def row_views(*tensors: Tensor | None) -> list[list[Tensor | None]]:
             axes[-1] = (axes[-1][0] * size, strides)
         else:
             axes.append((size, strides))
-    while len(axes) < 2:
+    if not axes:  # a single row: the pitch it has, or would have in a batch, so that it is read like one of many
+        axes.append((1, [t.stride(-2) if t.dim() > 1 else t.shape[-1] for t in present]))
+    if len(axes) == 1:
         axes.insert(0, (1, [0] * len(present)))
 
     *front, (outer, outer_strides), (inner, inner_strides) = axes
@@ -187,6 +189,12 @@ class TokenStatsFunction(torch.autograd.Function):
 
     `logp` and `kl` carry gradients to `policy`; d_policy = g_logp (e_y - p) + g_kl (p - q), over the temperature. Saves the
     logits it was given, the labels and four numbers a row. Call it through `fused_tdpo.token_stats`, which checks and names.
+
+    Args of `apply`, all positional:
+        policy, ref: (..., width) logits, contiguous columns; `ref` may be None. labels: (...) int32 or int64, aligned.
+        V: columns [0, V) are used. ignore_index, temperature: as in `token_stats`.
+        extras: comma-separated names. check_labels: whether to look at the labels' values, and raise.
+        inplace_backward: write the gradient over `policy`. backend: `"triton"` or `"torch"`.
     """
 
     @staticmethod
@@ -209,6 +217,7 @@ class TokenStatsFunction(torch.autograd.Function):
         ctx.save_for_backward(policy, ref, labels, saved)
         ctx.options = (V, ignore_index, temperature, backend)
         ctx.inplace_backward = inplace_backward
+        ctx.leaf = policy.is_leaf
         ctx.set_materialize_grads(False)
         differentiable = (0,) if ref is None else (0, 2)  # logp and kl
         ctx.mark_non_differentiable(*(stat for i, stat in enumerate(stats) if i not in differentiable))
@@ -224,7 +233,7 @@ class TokenStatsFunction(torch.autograd.Function):
             if torch.is_grad_enabled():
                 raise RuntimeError(f"{_TWICE} and inplace_backward=False")
             torch.ops.fused_tdpo.token_stats_bwd_(policy, ref, labels, saved, g_logp, g_kl, *ctx.options)
-            d_policy = policy.detach()
+            d_policy = policy.detach().clone() if ctx.leaf else policy.detach()  # a leaf and its .grad share no memory
         else:
             d_policy = torch.ops.fused_tdpo.token_stats_bwd(policy, ref, labels, saved, g_logp, g_kl, *ctx.options)
         return d_policy, *(None,) * 9

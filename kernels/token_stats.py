@@ -400,10 +400,12 @@ def token_stats_finish_kernel(
         a = (tl.sum(a, axis=1) + far) / sum_exp_z
         b = tl.sum(tl.where(r_z > 0, b + h * s_z, 0.0), axis=1) / sum_exp_z
         u = a + b
+        # A pivot far above C (its sample held next to no q) makes large terms cancel in `a`; φ(h) tells how large.
+        moved = tl.sum(tl.where(s_z > 0, phi * s_z, 0.0), axis=1) / sum_exp_z
         kl = tl.where(
-            (u > -0.5) & (u < 1.0),
+            (u > -0.5) & (u < 1.0) & (moved < 0.125),
             a - _id_minus_log1p(u),
-            LN2 * ((top_x - top_z) + (log2_sum_x - log2_sum_z)) - center,  # large, infinite or overflown: the plain form
+            LN2 * ((top_x - top_z) + (log2_sum_x - log2_sum_z)) - center,  # large, infinite, overflown, cancelled: plain form
         )
         kl = tl.where(labelled, tl.where(kl < 0, 0.0, kl), float("nan"))
         tl.store(kl_ptr + row, tl.where(active, kl, 0.0), mask=inside)
@@ -526,7 +528,12 @@ class Tiling:
 
     @property
     def num_warps(self) -> int:
-        return self.T // 32
+        return self.T // warp_size()
+
+
+def warp_size() -> int:
+    """Threads of a warp; AMD's are called wavefronts."""
+    return 64 if torch.version.hip else 32
 
 
 PAIRS_PER_THREAD = 16
@@ -546,12 +553,12 @@ def tiling(V: int, itemsize: int, wide: bool) -> Tiling:
     """The tile for rows of V columns whose widest logits have `itemsize` bytes. A pure function: it fixes every row's bits."""
     elements = 16 // itemsize if wide else 1  # 128-bit accesses, or one column per thread: coalesced at any alignment
     if V <= 1_024:
-        warps = 1  # a second warp would have nothing to do
+        threads = warp_size()  # more would have nothing to do
     elif V <= 32_768:
-        warps = 2  # the merge of threads costs a warp the same for any V: few warps where V is small
+        threads = 64  # the merge of threads costs a warp the same for any V: few warps where V is small
     else:
-        warps = 4
-    return Tiling(K=PAIRS_PER_THREAD // elements, T=32 * warps, E=elements, WIDE=wide)
+        threads = 128
+    return Tiling(K=PAIRS_PER_THREAD // elements, T=threads, E=elements, WIDE=wide)
 
 
 def segmentation(V: int, tile: Tiling) -> tuple[int, int]:

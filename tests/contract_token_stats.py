@@ -292,7 +292,7 @@ def assert_same_outcome(what: str, got: Outcome, expected: Outcome) -> None:
 
 
 def kl_from_delta(policy: Tensor, ref: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(q || p) in float64, accurate near 0: a + log1p(u) - u with u = a + b of DESIGN section 5, pivot c = E_q[delta]."""
+    """KL(q || p) in float64, accurate near 0: a + log1p(u) - u with u = a + b, pivot c = E_q[delta]."""
     x, z = policy.double() / temperature, ref.double() / temperature
     q = torch.softmax(z, -1)
     delta = torch.where(q > 0, x - z, 0.0)
@@ -920,12 +920,35 @@ class FusedTokenStatsContract(TokenStatsContract):
     @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
     @pytest.mark.parametrize("dtype", [fp32, bf16], ids=SHORT.get)
     def test_strides_change_no_bit(self, layout, dtype, V):
-        # A row's bits depend on that row, V and the dtype alone: not on where in memory it starts. Contiguous rows of 1032 are
-        # all aligned to 16 bytes, those of 1031 are not; a pitch of 1036 or 1037 makes it the other way round.
-        expected = run(self.backend, self.case((2, 2), V, dtype=dtype, extras=("entropy",)))
+        # A row's bits depend on that row, V, the dtypes, and for Triton on whether rows start at 16-byte boundaries, which lets
+        # a thread load 16 bytes at once: not on where else in memory they are. Contiguous rows of 1032 are all aligned so, those
+        # of 1031 are not; a pitch of 1036 or 1037 makes it the other way round.
+        def aligned(case: Case) -> bool:
+            logits = (case.policy, case.ref)
+            return all(t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1]) for t in logits)
+
+        plain = self.case((2, 2), V, dtype=dtype, extras=("entropy",))
+        expected = run(self.backend, plain)
         for what, layouts in (("both", {"layout": layout}), ("reference", {"ref_layout": layout})):
-            got = run(self.backend, self.case((2, 2), V, dtype=dtype, extras=("entropy",), **layouts))
-            assert_same_outcome(f"{what} {layout}", got, expected)
+            case = self.case((2, 2), V, dtype=dtype, extras=("entropy",), **layouts)
+            got = run(self.backend, case)
+            if self.backend.name != "triton" or aligned(case) == aligned(plain):
+                assert_same_outcome(f"{what} {layout}", got, expected)
+            else:
+                compare(got, case, f"{what} {layout}")
+
+    @pytest.mark.parametrize("dtype", [fp32, bf16], ids=SHORT.get)
+    def test_a_row_alone_is_a_row_among_others(self, dtype):
+        # The first row of an unaligned batch is aligned itself, but must not be read in another way for that.
+        case = self.case((3,), 1031, dtype=dtype, extras=("entropy",), ignore_every=99)
+        whole = run(self.backend, case)
+        for i in range(3):
+            alone = case.with_(
+                policy=case.policy[i : i + 1], ref=case.ref[i : i + 1], labels=case.labels[i : i + 1],
+                g_logp=case.g_logp[i : i + 1], g_kl=case.g_kl[i : i + 1],
+            )  # fmt: skip
+            stats = TokenStats(*(None if stat is None else stat[i : i + 1] for stat in whole.stats))
+            assert_same_outcome(f"row {i}", run(self.backend, alone), Outcome(stats, whole.grad[i : i + 1]))
 
     # --- torch.compile -----------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Two repairs of Triton 3.7's interpreter, applied before the first interpreted launch of a test run.
 
 Rounding: GPUs round float32 to the nearest bfloat16, ties to even. The interpreter cuts the low bits off, which doubles the
-error. Speed: it replaces the whole language by interpreted functions at every call of a device function, which takes half of its
-time. Once for each launch is enough.
+error. Speed: it replaces the whole language by interpreted functions at every call of a device function, which takes half of
+its time. Once for each launch is enough.
 """
 
 import numpy as np

@@ -36,6 +36,8 @@ class Placement:
     dtype: torch.dtype
     offset: int = 0
     pitch_padding: int = 0
+    pitch_multiple: int = 1
+    """The pitch is rounded up to one."""
     outer_padding: int = 0
     width_padding: int = 0
     """Columns that belong to the tensor, beyond V."""
@@ -44,7 +46,7 @@ class Placement:
 
     def make(self, outer: int, inner: int, V: int) -> Tensor:
         width = V + self.width_padding
-        pitch = width + self.pitch_padding
+        pitch = -(-(width + self.pitch_padding) // self.pitch_multiple) * self.pitch_multiple
         outer_pitch = inner * pitch + self.outer_padding
         last_row = self.offset + (outer - 1) * outer_pitch + (inner - 1) * pitch
         storage = torch.empty(last_row + width + self.tail, dtype=self.dtype)
@@ -117,11 +119,12 @@ def test_promises_hold(aligned, launches):
         dtype=st.sampled_from([fp32, fp16, bf16]),
         offset=groups if aligned else any_number,
         pitch_padding=st.just(0) if aligned else any_number,
+        pitch_multiple=st.just(8 if aligned else 1),
         outer_padding=groups if aligned else any_number,
-        width_padding=groups if aligned else any_number,
+        width_padding=any_number,
         tail=st.sampled_from([0, 0, 1, 7, 8]),
     )
-    widths = st.one_of(st.integers(1, 100), st.integers(1, 300).map(lambda n: 8 * n), st.sampled_from([1023, 32_768, 65_544]))
+    widths = st.one_of(st.integers(1, 100), st.integers(1, 2400), st.sampled_from([1024, 32_768, 65_544]))
     kinds = set()
 
     @hypothesis.settings(max_examples=8 * hypothesis.settings().max_examples)

@@ -168,7 +168,7 @@ def test_the_accurate_form_against_its_series():
 
 
 def test_rho_plus_kl_needs_no_normaliser():
-    """log p(y) - log q(y) + KL(q || p) = d_y - E_q[d] with d = x - z: neither log-sum-exp is left (algorithms.md fact 5)."""
+    """log p(y) - log q(y) + KL(q || p) = d_y - E_q[d] with d = x - z: neither log-sum-exp is left."""
     case = make_case("cpu", (6,), 131, dtype=fp64, ignore_every=99)
     stats = token_stats_reference(case.policy, case.ref, case.labels)
     d = case.policy - case.ref

@@ -40,7 +40,7 @@ SLACK = {
     torch.bfloat16: _FLOAT32,
 }
 
-TINY_KL_RELATIVE = 1e-4  # the promise of DESIGN section 5 for a KL between 5e-11 and 1
+TINY_KL_RELATIVE = 1e-4  # what docs/numerics.md promises for a KL between 5e-11 and 1
 NEAR_EQUAL_GRAD_RELATIVE = 0.02  # of a KL gradient at |delta| ~ 1e-5, where float32 leaves two digits of p - q
 
 
