@@ -921,7 +921,7 @@ class FusedTokenStatsContract(TokenStatsContract):
     @pytest.mark.parametrize("dtype", [fp32, bf16], ids=SHORT.get)
     def test_strides_change_no_bit(self, layout, dtype, V):
         # A row's bits depend on that row, V, the dtypes, and for Triton on whether rows start at 16-byte boundaries, which lets
-        # a thread load 16 bytes at once: not on where else in memory they are. Contiguous rows of 1032 are all aligned so, those
+        # a thread load 16 bytes at once: not on where else in memory they are. Contiguous rows of 1032 are all aligned so, rows
         # of 1031 are not; a pitch of 1036 or 1037 makes it the other way round.
         def aligned(case: Case) -> bool:
             logits = (case.policy, case.ref)
