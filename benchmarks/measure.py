@@ -170,24 +170,29 @@ class Clock:
         return start.elapsed_time(end), result
 
 
-def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call allocated at its worst moment beyond what was there before."""
+def peak_bytes(device: torch.device, *steps: Callable[[], object]) -> list[int]:
+    """Runs the steps one after the other. Bytes at the worst moment of each, beyond what was allocated before the first."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        before, peaks = torch.cuda.memory_allocated(), []
+        for step in steps:
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+        return peaks
+
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it announces itself otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+        for step in steps:
+            with torch.profiler.record_function("a step"):
+                step()
+    live, peaks = 0, []
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "a step":
+            peaks.append(live)
+        elif event.name() == "[memory]" and peaks:
+            live += event.nbytes()
+            peaks[-1] = max(peaks[-1], live)
+    return peaks
 
 
 @dataclass
@@ -218,7 +223,7 @@ def admit(name: str, provider: Provider, inputs: Inputs, truth: Truth) -> tuple[
         found.errors, wrong = truth.judge(*contender.both())
         contender.restore()
         if not wrong:
-            found.peak_bytes = peak_bytes(contender.both, device)
+            (found.peak_bytes,) = peak_bytes(device, contender.both)
             contender.restore()
             return found, contender
         found.refuse("wrong: " + ", ".join(wrong), failed=True)

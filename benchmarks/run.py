@@ -109,8 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tag = "gpu" if device.type == "cuda" else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="default: all for this device")
-    parser.add_argument("--provider", action="append", choices=PROVIDERS, help="default: all")
+    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], metavar="NAME", help="default: all")
+    parser.add_argument("--provider", action="append", choices=PROVIDERS, metavar="NAME", help="default: all")
     parser.add_argument("--rounds", type=int, default=20 if tag == "gpu" else 3)
     parser.add_argument("--minutes", type=float, default=8, help="begin no further case after that long")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
@@ -145,14 +145,15 @@ def main(arguments: list[str] | None = None) -> int:
         append(new, path, args.out)
         records += new
 
-    text, table = time_view(newest(records)[born["device"]])
-    table.show(f"{born['device']}. {text}")
+    for device_name, own in newest(records).items():  # one, or none where nothing fits
+        text, table = time_view(own)
+        table.show(f"{device_name}. {text}")
     refused = [record for record in records if record["refused"]]
     for record in refused:
         print(f"{record['case']}: {record['provider']}: {record['refused']}")
     if left_out:
         print(f"not measured: {', '.join(left_out)}")
-    print(f"{len(records)} records in {path}")
+    print(f"{len(records)} records in {path}; python benchmarks/report.py brings the documents up to date")
     return 1 if any(record["failed"] for record in refused) else 0
 
 

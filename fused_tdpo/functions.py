@@ -38,6 +38,8 @@ def row_views(*tensors: Tensor | None) -> list[list[Tensor | None]]:
     give one per index of the axes in front.
     """
     present = [t for t in tensors if t is not None]
+    if present[0][..., 0].numel() == 0:
+        return [[None if t is None else t.as_strided((1, 0, t.shape[-1]), (0, 0, 1)) for t in tensors]]
     axes: list[tuple[int, list[int]]] = []  # (size, stride in each tensor)
     for axis, size in enumerate(present[0].shape[:-1]):
         strides = [t.stride(axis) for t in present]

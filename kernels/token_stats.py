@@ -57,10 +57,18 @@ def _row_offset(row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def _row(ptr, row, inner, outer_stride, inner_stride, WIDE: tl.constexpr, E: tl.constexpr):
-    """Pointer to a row; strides in groups of E columns. WIDE promises that it is 16-byte aligned."""
-    ptr += _row_offset(row, inner, outer_stride, inner_stride) * E
-    return tl.multiple_of(ptr, 16) if WIDE else ptr
+def _row(ptr, row, inner, outer_stride, inner_stride, E: tl.constexpr):
+    """Pointer to a row; strides in groups of E columns."""
+    return ptr + _row_offset(row, inner, outer_stride, inner_stride) * E
+
+
+@triton.jit
+def _aligned_words(row_ptr, word: tl.constexpr):
+    """The row as words of another type, with the promise that it starts on a 16-byte boundary.
+
+    The promise is tied to the cast: on a plain pointer, AMD's compiler loses it, and NVIDIA's does across a call.
+    """
+    return tl.multiple_of(row_ptr.to(tl.pointer_type(word)), 16)
 
 
 @triton.jit
@@ -72,11 +80,15 @@ def _load(row_ptr, group, limit, E: tl.constexpr, WIDE: tl.constexpr, MASKED: tl
     lane = tl.arange(0, E)[None, None, :]
     if WIDE and row_ptr.dtype.element_ty == tl.bfloat16:
         # as words of two: unpacking by shift and mask is one instruction a pair cheaper than Triton's own conversion
-        words = row_ptr.to(tl.pointer_type(tl.int32)) + (group * (E // 2) + tl.arange(0, E // 2)[None, None, :])
-        w = tl.load(words, mask=group * E < limit, other=0) if MASKED else tl.load(words)
+        ptrs = _aligned_words(row_ptr, tl.int32) + (group * (E // 2) + tl.arange(0, E // 2)[None, None, :])
+        w = tl.load(ptrs, mask=group * E < limit, other=0) if MASKED else tl.load(ptrs)
         even = (w << 16).to(tl.float32, bitcast=True)
         odd = (w & -65536).to(tl.float32, bitcast=True)
         x = tl.reshape(tl.join(even, odd), (w.shape[0], w.shape[1], E))
+    elif WIDE:
+        ptrs = _aligned_words(row_ptr, tl.int16 if row_ptr.dtype.element_ty == tl.float16 else tl.int32) + (group * E + lane)
+        w = tl.load(ptrs, mask=group * E < limit, other=0) if MASKED else tl.load(ptrs)
+        x = w.to(row_ptr.dtype.element_ty, bitcast=True).to(tl.float32)
     else:
         ptrs = row_ptr + (group * E + lane)
         x = (tl.load(ptrs, mask=group * E < limit, other=0.0) if MASKED else tl.load(ptrs)).to(tl.float32)
@@ -247,7 +259,7 @@ def token_stats_fold_kernel(
     if label == ignore_index:
         return
 
-    policy_row = _row(policy_ptr, row, inner, policy_outer, policy_inner, WIDE, E)
+    policy_row = _row(policy_ptr, row, inner, policy_outer, policy_inner, E)
     start = (pid % segments) * segment
     limit = tl.minimum(start + segment, V)
     group = start // E + tl.arange(0, K)[:, None, None] * T + tl.arange(0, T)[None, :, None]
@@ -260,7 +272,7 @@ def token_stats_fold_kernel(
     ref_row = None
     pivot = 0.0
     if ref_ptr is not None:
-        ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, WIDE, E)
+        ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, E)
         z = _by_thread(_load(ref_row, group, limit, E, WIDE, MASKED=True))
         pivot = _pivot(x, z, x_label, _load_label_logit(ref_row, label, V), scale, inv_temperature)
 
@@ -433,9 +445,16 @@ def _gradient_tile(
         d_x = tl.where(label - group * E == lane, d_x + g_label, d_x)
     column = group * E + lane
     if MASKED:
-        tl.store(d_row + column, tl.where(column < limit, d_x, 0.0).to(d_row.dtype.element_ty), mask=column < stop)
+        d_x = tl.where(column < limit, d_x, 0.0)
+    d_x = d_x.to(d_row.dtype.element_ty)
+    if WIDE:
+        word: tl.constexpr = tl.int32 if d_row.dtype.element_ty == tl.float32 else tl.int16
+        d_row = _aligned_words(d_row, word)
+        d_x = d_x.to(word, bitcast=True)
+    if MASKED:
+        tl.store(d_row + column, d_x, mask=column < stop)
     else:
-        tl.store(d_row + column, d_x.to(d_row.dtype.element_ty))
+        tl.store(d_row + column, d_x)
 
 
 @triton.jit
@@ -481,7 +500,7 @@ def token_stats_bwd_kernel(
     row = pid // chunks
     start = (pid % chunks) * chunk
     stop = tl.minimum(start + chunk, W)
-    d_row = _row(d_policy_ptr, row, inner, d_outer, d_inner, WIDE, E)
+    d_row = _row(d_policy_ptr, row, inner, d_outer, d_inner, E)
 
     label = tl.load(label_ptr + row)
     if label == ignore_index:
@@ -490,7 +509,7 @@ def token_stats_bwd_kernel(
 
     labelled = (label >= 0) & (label < V)
     label = tl.where(labelled, label, -1).to(tl.int32)
-    policy_row = _row(policy_ptr, row, inner, policy_outer, policy_inner, WIDE, E)
+    policy_row = _row(policy_ptr, row, inner, policy_outer, policy_inner, E)
     g_logp = 0.0 if g_logp_ptr is None else tl.load(g_logp_ptr + row)
     g_kl = 0.0 if g_kl_ptr is None else tl.load(g_kl_ptr + row)
     g_label = g_logp * inv_temperature
@@ -502,7 +521,7 @@ def token_stats_bwd_kernel(
         if g_kl == 0:
             _gradient_columns(d_row, policy_row, None, start, stop, V, label, g_label, c_p, 0.0, m_x, 0.0, scale, K, T, E, WIDE)
         else:
-            ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, WIDE, E)
+            ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, E)
             m_z = tl.load(saved_ptr + 2 * N + row)
             c_q = -g_kl * inv_temperature / tl.load(saved_ptr + 3 * N + row)
             _gradient_columns(

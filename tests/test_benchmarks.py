@@ -156,10 +156,12 @@ def test_peak_memory_sees_inside_operators():
         torch.empty(100_000)
         return b
 
-    assert measure.peak_bytes(allocate, CPU) == 3_000_000
+    assert measure.peak_bytes(CPU, allocate) == [3_000_000]
+    kept = []
+    assert measure.peak_bytes(CPU, lambda: kept.append(allocate()), lambda: torch.empty(1000)) == [3_000_000, 2_004_000]
     inputs = measure.Inputs(Case(8, 5000, dtype=torch.float32), CPU)
     size = inputs.policy.nbytes
-    fused = measure.peak_bytes(lambda: token_stats(inputs.policy, inputs.ref, inputs.labels), CPU)
+    (fused,) = measure.peak_bytes(CPU, lambda: token_stats(inputs.policy, inputs.ref, inputs.labels))
     assert fused > size, "the op works in chunks of float32, which are allocated inside it"
 
 

@@ -22,10 +22,12 @@ VOCABULARIES = [
 
 
 @pytest.fixture
-def kernels():
+def kernels(monkeypatch):
+    """The module, deciding as for NVIDIA wherever this runs."""
     pytest.importorskip("triton")
     from fused_tdpo.kernels import token_stats
 
+    monkeypatch.setattr(torch.version, "hip", None)
     return token_stats
 
 
@@ -73,6 +75,16 @@ def test_tiles_of_any_vocabulary(kernels):
     any_vocabulary(check)
 
 
+def test_tiles_of_wavefronts(kernels, monkeypatch):
+    """AMD's warps have 64 threads: a tile has no half one, and is cut the same above 1,024 columns."""
+    nvidia = [kernels.tiling(V, 2, True) for V in VOCABULARIES]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for V, other in zip(VOCABULARIES, nvidia, strict=True):
+        tile = kernels.tiling(V, 2, True)
+        assert tile.num_warps * 64 == tile.T and tile.num_warps in (1, 2)
+        assert tile == other or V <= 1024
+
+
 # ----------------------------------------------------------------------------------------------------------------- segments
 
 
@@ -94,7 +106,10 @@ def test_segmentation(V, segments, segment, kernels):
     assert kernels.segmentation(V, kernels.tiling(V, 2, True)) == (segments, segment)
 
 
-def test_segments_of_any_vocabulary(kernels):
+@pytest.mark.parametrize("longest", [65_536, 2048], ids=["", "short"])  # short: as tests cut, and where rounding up tells
+def test_segments_of_any_vocabulary(longest, kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "SEGMENT_COLUMNS", longest)
+
     def check(V):
         cuts = set()
         for size, wide in ((2, True), (4, True), (2, False)):
@@ -104,8 +119,8 @@ def test_segments_of_any_vocabulary(kernels):
             assert segment % tile.columns == 0, "only a row's last tile is partial"
             assert (segments - 1) * segment < V <= segments * segment, "covers V, and the last one is not empty"
             assert 1 <= segments <= kernels.MAX_SEGMENTS
-            assert segments <= max(1, -(-V // kernels.SEGMENT_COLUMNS)), "no more than it takes"
-            assert segment <= kernels.SEGMENT_COLUMNS or segments == kernels.MAX_SEGMENTS
+            assert segments <= -(-V // longest), "no more than it takes"
+            assert segment <= longest or kernels.MAX_SEGMENTS * longest < V, "longer only where more would be too many"
         assert len(cuts) == 1, "the same for every dtype and alignment"
 
     any_vocabulary(check)
