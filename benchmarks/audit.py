@@ -110,7 +110,7 @@ def token_stats_cases(target: str) -> Iterator[Case]:
                     "writes": itemsizes[0] if step == "bwd" else 0,
                     "width": 8 * 16 * min(itemsizes) // max(itemsizes) if V % 2 == 0 else 0,
                 }
-            if variant in ("bf16", "bf16-32k", "bf16-1k") and step != "finish":
+            if variant in ("bf16", "bf16-32k") and step != "finish":
                 expected["limits"] = FORWARD if step == "fold" else BACKWARD
             yield Case(f"token_stats {step} {variant}", kernel, args, **expected)
 

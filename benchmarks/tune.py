@@ -28,7 +28,7 @@ SWEEPS: dict[str, dict[str, tuple[int, ...]]] = {
     "forward": {
         "warps": (1, 2, 4, 8),
         "pairs": (8, 16, 32),
-        "registers": (72, 96, 128),
+        "registers": (72, 80, 96, 128),
         "segment": (2**15, 2**16, 2**17, 2**30),
     },
     "backward": {"warps": (1, 2, 4, 8), "pairs": (8, 16, 32), "registers": (40, 64), "tiles": (4, 8, 16)},

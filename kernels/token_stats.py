@@ -57,17 +57,15 @@ def _row_offset(row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def _row(ptr, row, inner, outer_stride, inner_stride, E: tl.constexpr):
-    """Pointer to a row; strides in groups of E columns."""
-    return ptr + _row_offset(row, inner, outer_stride, inner_stride) * E
+def _row(ptr, row, inner, outer_stride, inner_stride, WIDE: tl.constexpr, E: tl.constexpr):
+    """Pointer to a row; strides in groups of E columns. WIDE promises that it is 16-byte aligned."""
+    ptr += _row_offset(row, inner, outer_stride, inner_stride) * E
+    return tl.multiple_of(ptr, 16) if WIDE else ptr
 
 
 @triton.jit
 def _aligned_words(row_ptr, word: tl.constexpr):
-    """The row as words of another type, with the promise that it starts on a 16-byte boundary.
-
-    The promise is tied to the cast: on a plain pointer, AMD's compiler loses it, and NVIDIA's does across a call.
-    """
+    """The row as words of another type, 16-byte aligned. AMD's compiler keeps that promise on a cast, but loses `_row`'s."""
     return tl.multiple_of(row_ptr.to(tl.pointer_type(word)), 16)
 
 
@@ -259,7 +257,7 @@ def token_stats_fold_kernel(
     if label == ignore_index:
         return
 
-    policy_row = _row(policy_ptr, row, inner, policy_outer, policy_inner, E)
+    policy_row = _row(policy_ptr, row, inner, policy_outer, policy_inner, WIDE, E)
     start = (pid % segments) * segment
     limit = tl.minimum(start + segment, V)
     group = start // E + tl.arange(0, K)[:, None, None] * T + tl.arange(0, T)[None, :, None]
@@ -272,7 +270,7 @@ def token_stats_fold_kernel(
     ref_row = None
     pivot = 0.0
     if ref_ptr is not None:
-        ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, E)
+        ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, WIDE, E)
         z = _by_thread(_load(ref_row, group, limit, E, WIDE, MASKED=True))
         pivot = _pivot(x, z, x_label, _load_label_logit(ref_row, label, V), scale, inv_temperature)
 
@@ -445,16 +443,12 @@ def _gradient_tile(
         d_x = tl.where(label - group * E == lane, d_x + g_label, d_x)
     column = group * E + lane
     if MASKED:
-        d_x = tl.where(column < limit, d_x, 0.0)
-    d_x = d_x.to(d_row.dtype.element_ty)
-    if WIDE:
+        tl.store(d_row + column, tl.where(column < limit, d_x, 0.0).to(d_row.dtype.element_ty), mask=column < stop)
+    elif WIDE:
         word: tl.constexpr = tl.int32 if d_row.dtype.element_ty == tl.float32 else tl.int16
-        d_row = _aligned_words(d_row, word)
-        d_x = d_x.to(word, bitcast=True)
-    if MASKED:
-        tl.store(d_row + column, d_x, mask=column < stop)
+        tl.store(_aligned_words(d_row, word) + column, d_x.to(d_row.dtype.element_ty).to(word, bitcast=True))
     else:
-        tl.store(d_row + column, d_x)
+        tl.store(d_row + column, d_x.to(d_row.dtype.element_ty))
 
 
 @triton.jit
@@ -500,7 +494,7 @@ def token_stats_bwd_kernel(
     row = pid // chunks
     start = (pid % chunks) * chunk
     stop = tl.minimum(start + chunk, W)
-    d_row = _row(d_policy_ptr, row, inner, d_outer, d_inner, E)
+    d_row = _row(d_policy_ptr, row, inner, d_outer, d_inner, WIDE, E)
 
     label = tl.load(label_ptr + row)
     if label == ignore_index:
@@ -509,7 +503,7 @@ def token_stats_bwd_kernel(
 
     labelled = (label >= 0) & (label < V)
     label = tl.where(labelled, label, -1).to(tl.int32)
-    policy_row = _row(policy_ptr, row, inner, policy_outer, policy_inner, E)
+    policy_row = _row(policy_ptr, row, inner, policy_outer, policy_inner, WIDE, E)
     g_logp = 0.0 if g_logp_ptr is None else tl.load(g_logp_ptr + row)
     g_kl = 0.0 if g_kl_ptr is None else tl.load(g_kl_ptr + row)
     g_label = g_logp * inv_temperature
@@ -521,7 +515,7 @@ def token_stats_bwd_kernel(
         if g_kl == 0:
             _gradient_columns(d_row, policy_row, None, start, stop, V, label, g_label, c_p, 0.0, m_x, 0.0, scale, K, T, E, WIDE)
         else:
-            ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, E)
+            ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, WIDE, E)
             m_z = tl.load(saved_ptr + 2 * N + row)
             c_q = -g_kl * inv_temperature / tl.load(saved_ptr + 3 * N + row)
             _gradient_columns(
@@ -593,8 +587,10 @@ def backward_chunk(tile: Tiling) -> int:
 
 
 def fold_registers(tile: Tiling, extras: bool) -> int:
-    """Cap of registers a thread: the least that spills nothing (`make audit`), so that 28 (72) or 20 (96) warps fit an SM."""
-    return 72 if tile.WIDE and not extras else 96
+    """Cap of registers a thread: the least with which no target spills (`make audit`). Of 80, bfloat16 on sm_90 takes 72."""
+    if extras:
+        return 112
+    return 80 if tile.WIDE else 96
 
 
 def backward_registers(tile: Tiling, dtype: torch.dtype) -> int:
@@ -634,9 +630,15 @@ def _launch(kernel: triton.JITFunction, programs: int, **args: object) -> None:
             kernel[(programs,)](**args)
 
 
-def _strides(prefix: str, logits: Tensor | None, group: int) -> dict[str, int]:
+def _strides(prefix: str, logits: Tensor | None, tile: Tiling | None = None) -> dict[str, int]:
+    """Row strides in elements; for kernels that walk in tiles, in groups of E columns, of which WIDE promises alignment."""
     outer, inner = (0, 0) if logits is None else logits.stride()[:2]
-    assert outer % group == 0 and inner % group == 0, "the kernel was promised rows of whole groups"
+    group = 1
+    if tile is not None and logits is not None:
+        group = tile.E
+        assert outer % group == 0 and inner % group == 0, "the kernel was promised rows of whole groups"
+        starts = (logits.data_ptr(), outer * logits.element_size(), inner * logits.element_size())
+        assert not tile.WIDE or all(start % 16 == 0 for start in starts), "the kernel was promised rows on 16-byte boundaries"
     return {f"{prefix}_outer": outer // group, f"{prefix}_inner": inner // group}
 
 
@@ -679,14 +681,14 @@ def token_stats_fwd(
     }  # fmt: skip
     _launch(
         token_stats_fold_kernel, N * segments, **common,
-        **_strides("policy", policy, tile.E), **_strides("ref", ref, tile.E), segment=segment,
+        **_strides("policy", policy, tile), **_strides("ref", ref, tile), segment=segment,
         K=tile.K, T=tile.T, E=tile.E, WIDE=tile.WIDE,
         ENTROPY="entropy" in out, REF_ENTROPY="ref_entropy" in out, ACCURACY="accuracy" in out, MEAN_LOGIT="mean_logit" in out,
         SQUARE_SUM="log_sum_sq_probs" in out, num_warps=tile.num_warps, maxnreg=fold_registers(tile, extras=bool(extras)),
     )  # fmt: skip
     _launch(
         token_stats_finish_kernel, -(-N // FINISH_ROWS), **common,
-        **_strides("policy", policy, 1), **_strides("ref", ref, 1), saved_ptr=saved, N=N,
+        **_strides("policy", policy), **_strides("ref", ref), saved_ptr=saved, N=N,
         logp_ptr=out["logp"], ref_logp_ptr=out.get("ref_logp"), kl_ptr=out.get("kl"), entropy_ptr=out.get("entropy"),
         ref_entropy_ptr=out.get("ref_entropy"), accuracy_ptr=out.get("accuracy"), mean_logit_ptr=out.get("mean_logit"),
         log_sum_sq_probs_ptr=out.get("log_sum_sq_probs"), ROWS=FINISH_ROWS, SEGMENTS=MAX_SEGMENTS, num_warps=4, maxnreg=None,
@@ -712,7 +714,7 @@ def token_stats_bwd(
         token_stats_bwd_kernel, N * chunks,
         policy_ptr=policy, ref_ptr=ref, label_ptr=labels, saved_ptr=saved, g_logp_ptr=g_logp, g_kl_ptr=g_kl,
         d_policy_ptr=d_policy,
-        **_strides("policy", policy, tile.E), **_strides("ref", ref, tile.E), **_strides("d", d_policy, tile.E),
+        **_strides("policy", policy, tile), **_strides("ref", ref, tile), **_strides("d", d_policy, tile),
         N=N, inner=inner, chunks=chunks, chunk=chunk, V=V, W=W, ignore_index=ignore_index, **_scales(temperature),
         K=tile.K, T=tile.T, E=tile.E, WIDE=tile.WIDE, num_warps=tile.num_warps, maxnreg=backward_registers(tile, policy.dtype),
     )  # fmt: skip
