@@ -1,6 +1,6 @@
 """What the compiler made of every kernel: registers, spills, access widths, and instructions per logit pair. Needs no GPU.
 
-    make audit                                                all kernels, variants and targets: about two minutes
+    make audit                                                all kernels, variants and targets: about three minutes
     make audit ARGS="--case bf16 --target sm_90 --lines"      some of them, and which source lines cost what
 
 Each launcher is called on CPU tensors while the launches are recorded instead of run; Triton then compiles what was recorded,
@@ -52,6 +52,8 @@ class Limits:
 
 FORWARD = Limits(instructions=28, sfu=2.3, registers=72)
 BACKWARD = Limits(instructions=14, sfu=2.1, registers=40)
+CAPPED_FORWARD = Limits(instructions=62, sfu=6.3, registers=128)  # a cap is 16 instructions a logit, two of them SFU
+CAPPED_BACKWARD = Limits(instructions=50, sfu=6.1, registers=128)
 
 
 @dataclass(frozen=True)
@@ -76,43 +78,51 @@ def token_stats_cases(target: str) -> Iterator[Case]:
     from fused_tdpo.types import EXTRAS
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    variants = {  # name -> policy dtype, reference dtype, V, extras
-        "bf16": (bf16, bf16, 151_936, ()),  # the vocabulary decides the number of warps
-        "bf16-32k": (bf16, bf16, 32_000, ()),
-        "bf16-1k": (bf16, bf16, 1_024, ()),
-        "fp16": (fp16, fp16, 151_936, ()),
-        "fp32": (fp32, fp32, 151_936, ()),
-        "bf16-fp32": (bf16, fp32, 151_936, ()),
-        "bf16-no-ref": (bf16, None, 151_936, ()),
-        "bf16-extras": (bf16, bf16, 151_936, EXTRAS),
-        "bf16-narrow": (bf16, bf16, 151_937, ()),  # odd: most rows start off a 16-byte boundary
-        "fp32-narrow": (fp32, fp32, 151_937, ()),
+    variants = {  # name -> dtypes of policy, reference and gradient, V, extras
+        "bf16": (bf16, bf16, bf16, 151_936, ()),  # the vocabulary decides the number of warps
+        "bf16-32k": (bf16, bf16, bf16, 32_000, ()),
+        "bf16-1k": (bf16, bf16, bf16, 1_024, ()),
+        "fp16": (fp16, fp16, fp16, 151_936, ()),
+        "fp32": (fp32, fp32, fp32, 151_936, ()),
+        "bf16-fp32": (bf16, fp32, bf16, 151_936, ()),
+        "fp32-to-bf16": (fp32, fp32, bf16, 151_936, ()),
+        "bf16-to-fp32": (bf16, bf16, fp32, 151_936, ()),
+        "bf16-no-ref": (bf16, None, bf16, 151_936, ()),
+        "bf16-extras": (bf16, bf16, bf16, 151_936, EXTRAS),
+        "bf16-narrow": (bf16, bf16, bf16, 151_937, ()),  # odd: most rows start off a 16-byte boundary
+        "fp32-narrow": (fp32, fp32, fp32, 151_937, ()),
     }
+    uncapped = (None, None)
+    launches = {name: (variant, uncapped) for name, variant in variants.items()}
+    capped = ("bf16", "fp16", "fp32", "fp32-to-bf16", "bf16-no-ref", "bf16-extras", "bf16-narrow")
+    launches |= {f"{name}-capped": (variants[name], (30.0, 50.0)) for name in capped}
     N = 2
     labels, g = torch.zeros(N, dtype=torch.int64), torch.zeros(N)
-    for variant, (policy_dtype, ref_dtype, V, extras) in variants.items():
-        policy = torch.empty(1, N, V, dtype=policy_dtype)
+    for name, ((policy_dtype, ref_dtype, d_dtype, V, extras), softcaps) in launches.items():
+        policy, d_policy = (torch.empty(1, N, V, dtype=dtype) for dtype in (policy_dtype, d_dtype))
         ref = torch.empty(1, N, V, dtype=ref_dtype) if ref_dtype else None
-        options = {"V": V, "ignore_index": -100, "temperature": 1.0}
+        options = {"V": V, "ignore_index": -100, "temperature": 1.0, "softcaps": softcaps}
 
-        def launch(policy=policy, ref=ref, options=options, extras=extras):
+        def launch(policy=policy, ref=ref, d_policy=d_policy, options=options, extras=extras):
             _, saved = op.token_stats_fwd(policy, ref, labels, extras=extras, **options)
-            op.token_stats_bwd(policy, ref, labels, saved, g, g if ref is not None else None, policy, **options)
+            op.token_stats_bwd(policy, ref, labels, saved, g, g if ref is not None else None, d_policy, **options)
 
-        itemsizes = [t.element_size() for t in (policy, ref) if t is not None]
         for kernel, args in recorded(launch, hip=TARGETS[target][0] == "hip"):
             step = kernel.__name__.removeprefix("token_stats_").removesuffix("_kernel")
             expected = {}
+            itemsizes = [t.element_size() for t in (policy, ref) if t is not None]
+            accessed = [*itemsizes, d_policy.element_size()] if step == "bwd" else itemsizes
             if step != "finish":
                 expected = {
                     "pairs": args["K"] * args["T"] * args["E"],
                     "reads": sum(itemsizes),
-                    "writes": itemsizes[0] if step == "bwd" else 0,
-                    "width": 8 * 16 * min(itemsizes) // max(itemsizes) if V % 2 == 0 else 0,
+                    "writes": d_policy.element_size() if step == "bwd" else 0,
+                    "width": 8 * 16 * min(accessed) // max(accessed) if V % 2 == 0 else 0,
                 }
-            if variant in ("bf16", "bf16-32k") and step != "finish":
-                expected["limits"] = FORWARD if step == "fold" else BACKWARD
-            yield Case(f"token_stats {step} {variant}", kernel, args, **expected)
+            if name in ("bf16", "bf16-32k", "bf16-capped") and step != "finish":
+                forward, backward = (CAPPED_FORWARD, CAPPED_BACKWARD) if softcaps != uncapped else (FORWARD, BACKWARD)
+                expected["limits"] = forward if step == "fold" else backward
+            yield Case(f"token_stats {step} {name}", kernel, args, **expected)
 
 
 def recorded(launch: Callable[[], object], hip: bool) -> list[tuple[object, dict[str, object]]]:

@@ -1,6 +1,8 @@
-"""Which implementation runs: one pure decision, with its reason."""
+"""Which implementation runs: one pure decision, with its reason; and the module that holds it."""
 
+import importlib
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
@@ -39,3 +41,20 @@ def choose_backend(
     if not triton:
         return "torch", "the triton package is not installed"
     return "triton", "GPU tensors"
+
+
+_MODULES = {"triton": "fused_tdpo.kernels.token_stats", "torch": "fused_tdpo._torch_backend"}
+
+
+def load_backend(name: str, device: torch.device) -> ModuleType:
+    """The module of a chosen backend, with `token_stats_fwd`, `token_stats_bwd` and `empty`; imported on first use."""
+    module = importlib.import_module(_MODULES[name])
+    if name == "triton" and device.type == "cpu":
+        from triton import knobs
+
+        if not knobs.runtime.interpret:
+            raise ValueError(
+                "backend='triton' needs GPU tensors, or Triton's interpreter for CPU tensors (set TRITON_INTERPRET=1 before "
+                "triton is first imported); got CPU tensors. Use backend='torch', or 'auto'."
+            )
+    return module

@@ -11,6 +11,7 @@ from fused_tdpo.types import EXTRAS, REF_EXTRAS
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32)
 DIVERGENCES = ("forward_kl",)
+LINEAR_ORDER = "The order is (policy_hidden, policy_head, ref_hidden, ref_head, labels)."
 
 
 def describe(tensor: object) -> str:
@@ -82,14 +83,19 @@ def check_token_stats(
                 f"Call {name}.to(policy_logits.device)."
             )
     V = check_vocab_size(policy_logits.shape[-1], None if ref_logits is None else ref_logits.shape[-1], vocab_size)
+    check_options(temperature, divergence, divergence_alpha)
+    check_extras(extras, has_ref=ref_logits is not None)
+    return V
+
+
+def check_options(temperature: float, divergence: str, divergence_alpha: float | None) -> None:
+    """Options that do not depend on tensors."""
     if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a finite number > 0; got {temperature!r}")
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(map(repr, DIVERGENCES))} in this version; got {divergence!r}")
     if divergence_alpha is not None:
         raise ValueError(f"divergence_alpha belongs to divergence='alpha'; got {divergence_alpha!r} with {divergence!r}")
-    check_extras(extras, has_ref=ref_logits is not None)
-    return V
 
 
 def check_vocab_size(policy_width: int, ref_width: int | None, vocab_size: int | None) -> int:
@@ -129,3 +135,61 @@ def check_labels_in_range(labels: Tensor, V: int, ignore_index: int) -> None:
             f"labels must be ignore_index ({ignore_index}) or in [0, {V}); got {int(labels[index])} at index {index}, one of "
             f"{int(bad.sum())} such. Is ignore_index the one that your collator writes, and vocab_size the tokenizer's?"
         )
+
+
+def check_hidden(name: str, hidden: Tensor, head_name: str, weight: Tensor, labels: Tensor) -> torch.dtype:
+    """Hidden states (..., D) that go with a head (V, D) and with labels (...). Returns the dtype of their product.
+
+    That is autocast's, where autocast is on and would cast a product of the two; else both must have one dtype.
+    """
+    if not isinstance(hidden, Tensor) or hidden.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} must be a float16, bfloat16, float32 or float64 tensor (..., D); got {describe(hidden)}")
+    if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
+        raise TypeError(f"labels must be an int64 or int32 tensor; got {describe(labels)}. {LINEAR_ORDER}")
+    V, D = weight.shape
+    if hidden.dim() == 0 or hidden.shape[-1] != D:
+        hint = ""
+        if hidden.dim() and hidden.shape[-1] == V:
+            hint = f" {name} is as wide as the vocabulary: logits go to token_stats, or to TDPOLoss and DPOLoss."
+        elif hidden.dim() == 2 and hidden.shape[0] == D:
+            hint = f" Is the head transposed? It is (V, D), as nn.Linear's weight. Or are {name} and {head_name} swapped?"
+        raise ValueError(
+            f"{name} must be (..., D) with D = {D}, as {head_name} {describe(weight)} is (V, D); got {describe(hidden)}.{hint}"
+        )
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"{name} must have a row for each label, {(*labels.shape, D)}; got {describe(hidden)} beside labels "
+            f"{describe(labels)}. {LINEAR_ORDER}"
+        )
+    for other, tensor in ((head_name, weight), ("labels", labels)):
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{other} must be on the device of {name}, {hidden.device}; got {describe(tensor)}. Move it there with .to()."
+            )
+    if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(hidden.device.type)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"{name} and {head_name} must have the same dtype outside autocast; got {hidden.dtype} and {weight.dtype}. Cast "
+            "one of them, or call under torch.autocast."
+        )
+    return hidden.dtype
+
+
+def check_chunks(max_chunk_bytes: int | None, logits_dtype: torch.dtype | None) -> None:
+    """Options of the hidden level."""
+    if max_chunk_bytes is not None and not (isinstance(max_chunk_bytes, int) and max_chunk_bytes > 0):
+        raise ValueError(f"max_chunk_bytes must be a number of bytes > 0, or None; got {max_chunk_bytes!r}")
+    if logits_dtype not in (None, torch.float32):
+        raise ValueError(f"logits_dtype must be torch.float32, or None for the dtype of the products; got {logits_dtype!r}")
+
+
+def check_valid_rows(counted: Tensor, valid_rows: int, ignore_index: int) -> Tensor:
+    """Whether another number of labels counts than the caller said; on a CPU, where looking is free, it raises instead."""
+    wrong = counted != valid_rows
+    if wrong.device.type == "cpu" and wrong:
+        raise ValueError(
+            f"valid_rows must be the number of labels that are not ignore_index ({ignore_index}), {int(counted)}; got "
+            f"{valid_rows}"
+        )
+    return wrong

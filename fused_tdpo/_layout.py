@@ -63,3 +63,11 @@ class SequenceLayout:
         # float64, because a CPU adds one after the other; index_add_ and differences of cumsum do not repeat on a GPU
         sums = torch.segment_reduce(values.double(), "sum", offsets=self.offsets, unsafe=True, initial=0)
         return (sums * self.one).to(values.dtype)
+
+    def sequence_ids(self, labels: Tensor) -> Tensor:
+        """The sequence of each row: int64, of labels' shape."""
+        if self.offsets is None:
+            ids = torch.arange(self.num_sequences, device=labels.device)
+            return ids[:, None].expand(labels.shape)
+        ids = torch.bucketize(torch.arange(len(labels), device=labels.device), self.offsets[1:], right=True)
+        return ids.clamp(max=max(self.num_sequences - 1, 0))  # whatever cu_seqlens holds

@@ -1,8 +1,10 @@
 """`backend="torch"`: the arithmetic of the Triton kernels in plain PyTorch, a bounded number of rows at a time, on any device.
 
-The two functions have the signatures of the launchers in `kernels/token_stats.py`. Memory beyond inputs and outputs: a dozen
-tensors of CHUNK_ELEMENTS elements. Having both log-sum-exps before the KL, this backend sums non-negative terms directly
-(docs/math.md, "Two passes"): KL = sum of q·(e^r - 1 - r) with r = log p - log q, plus p's mass where q = 0.
+The two functions have the signatures of the launchers in `kernels/token_stats.py`. Memory beyond inputs and outputs: four
+tensors of CHUNK_ELEMENTS elements in forward, two in backward (three with a softcap), made once and used by every chunk.
+Having a chunk at once, this backend takes the pivot of the KL from whole rows (docs/math.md, "Two passes").
+
+No host waits for a device. On a CPU, which may look at values, work that changes no bit of any row is left out.
 """
 
 from collections.abc import Iterator
@@ -14,6 +16,12 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 19
 """Logits of one chunk: 2 MiB of float32, which a CPU keeps in its cache. At least one row."""
 
+NEAR = 0.25
+"""φ(t) is its series for |t| up to this."""
+
+LARGE_KL = 0.05
+"""Above this, times 1 + the distance of the maxima that it cancels, the plain form of the KL is accurate."""
+
 NEED_LABEL = ("logp", "ref_logp", "kl", "accuracy")
 """NaN where a label is out of range."""
 
@@ -21,34 +29,63 @@ empty = torch.empty
 """Every fresh output comes from here, so that tests can hand out memory full of NaN."""
 
 
-def _chunks(logits: Tensor) -> Iterator[tuple[int, slice, slice]]:
-    """Chunks of rows of (outer, inner, V) logits: the index of the first axis, the slice of the second, their slice of N."""
-    outer, inner, width = logits.shape
-    step = max(1, CHUNK_ELEMENTS // width)
+def _scratch(count: int, logits: Tensor, V: int, dtype: torch.dtype) -> list[Tensor]:
+    """`count` tensors (R, V): memory for chunks of R rows."""
+    rows = max(1, min(logits.shape[1], CHUNK_ELEMENTS // V))
+    return [empty((rows, V), dtype=dtype, device=logits.device) for _ in range(count)]
+
+
+def _chunks(logits: Tensor, step: int) -> Iterator[tuple[int, slice, slice]]:
+    """Chunks of `step` rows of (outer, inner, V) logits: the index of the first axis, the slice of the second, that of N."""
+    outer, inner, _ = logits.shape
     for o in range(outer):
         for i in range(0, inner, step):
             stop = min(i + step, inner)
             yield o, slice(i, stop), slice(o * inner + i, o * inner + stop)
 
 
-def _expm1_minus_id(r: Tensor) -> Tensor:
-    """e^r - 1 - r by its series, for |r| < 1/8."""
-    terms = 11 if r.dtype == torch.float64 else 6  # relative truncation 1e-17 and 1e-9
-    total = torch.zeros_like(r)
-    factorial = 1.0
-    for k in range(2, terms + 2):
-        factorial *= k
-    for k in range(terms + 1, 1, -1):
-        total.mul_(r).add_(1.0 / factorial)
-        factorial /= k
-    return total.mul_(r).mul_(r)
+def _load(logits: Tensor, softcap: float | None, out: Tensor, slope: Tensor | None = None) -> Tensor:
+    """Logits y = cap·tanh(x/cap) of a chunk in the arithmetic dtype, and their `slope` dy/dx."""
+    x = out[: len(logits)].copy_(logits)
+    if softcap is None:
+        return x
+    x.div_(softcap).tanh_()
+    if slope is not None:
+        torch.addcmul(x.new_ones(()), x, x, value=-1, out=slope[: len(x)])
+    return x.mul_(softcap)
+
+
+def _exp(x: Tensor, m: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """e^((x - m)/τ) for rows x and their maxima m."""
+    return torch.sub(x, m[:, None], out=out).div_(temperature).exp_()
+
+
+def _sum(terms: Tensor) -> Tensor:
+    """Sums of rows. A single row is summed as one of two: torch would give each thread a part of it, and other bits."""
+    return terms.sum(-1) if len(terms) > 1 else terms.expand(2, -1).sum(-1)[:1]
+
+
+def _weighted(w: Tensor, f: Tensor, spare: Tensor) -> Tensor:
+    """Sums of w·f over rows. Where w = 0 the term is 0, whatever f is."""
+    inf = float("inf")
+    return _sum(torch.mul(w, f, out=spare).nan_to_num_(nan=0.0, posinf=inf, neginf=-inf))
+
+
+def _phi(t: Tensor, out: Tensor) -> Tensor:
+    """φ(t) = e^t - 1 - t = t²·(1/2 + t/3·(1/2 + t/4·(1/2 + …))), for |t| ≤ NEAR."""
+    last = 12 if t.dtype == torch.float64 else 7  # relative truncation 1e-16 and 1e-8
+    half = t.new_full((), 0.5)
+    torch.add(half, t, alpha=0.5 / last, out=out)
+    for k in range(last - 1, 2, -1):
+        torch.addcmul(half, out, t, value=1.0 / k, out=out)
+    return out.mul_(t).mul_(t)
 
 
 class _Rows(NamedTuple):
     """A chunk of R rows of one model. Logits are kept before the temperature, so that differences of them stay exact."""
 
     x: Tensor
-    """(R, V) logits; 0 in ignored rows."""
+    """(R, V) logits."""
     m: Tensor
     """(R,) their maximum."""
     e: Tensor
@@ -61,34 +98,43 @@ class _Rows(NamedTuple):
         x_y = self.x.gather(-1, y[:, None]).squeeze(-1)
         return ((x_y - self.m) / self.temperature - self.s.log()).clamp_(max=0.0)
 
-    def entropy(self) -> Tensor:
-        log_e = torch.where(self.e > 0, (self.x - self.m[:, None]) / self.temperature, 0.0)
-        return self.s.log() - (self.e * log_e).sum(-1) / self.s
+    def entropy(self, spare: Tensor) -> Tensor:
+        log_e = torch.sub(self.x, self.m[:, None], out=spare).div_(self.temperature)
+        return self.s.log() - _weighted(self.e, log_e, spare) / self.s
 
 
-def _rows(logits: Tensor, ignored: Tensor, temperature: float, dtype: torch.dtype) -> _Rows:
-    x = logits.to(dtype).masked_fill(ignored[:, None], 0.0)
+def _rows(logits: Tensor, softcap: float | None, temperature: float, x: Tensor, e: Tensor) -> _Rows:
+    """Reads a chunk into the memory `x` and `e`."""
+    x = _load(logits, softcap, x)
     m = x.amax(-1)
-    e = (x - m[:, None]).div_(temperature).exp_()
-    return _Rows(x, m, e, e.sum(-1), temperature)
+    e = _exp(x, m, temperature, out=e[: len(x)])
+    return _Rows(x, m, e, _sum(e), temperature)
 
 
-def _kl(policy: _Rows, ref: _Rows) -> Tensor:
-    """KL(q || p) of each row."""
-    p, q = policy.e / policy.s[:, None], ref.e / ref.s[:, None]
-    live = q > 0
-    t = torch.where(live, (policy.x - ref.x) / policy.temperature, 0.0)
-    c = torch.where(t.isfinite(), q * t, 0.0).sum(-1, keepdim=True)
-    t = torch.where(live, t - c, 0.0)
-    # r = log p - log q = t - shift with shift = lse(x) - lse(z) - c, of which the first form keeps what is small
-    u = (q * t.expm1()).sum(-1, keepdim=True)
-    p_elsewhere = torch.where(live, 0.0, p).sum(-1, keepdim=True)
-    plain = ((policy.m - ref.m) / policy.temperature + (policy.s.log() - ref.s.log()))[:, None] - c
-    shift = torch.where((u.abs() < 0.5) & (p_elsewhere < 0.5), torch.log1p(u) - torch.log1p(-p_elsewhere), plain)
-    r = t - shift
-    near = live & (r.abs() < 0.125)
-    terms = torch.where(near, q * _expm1_minus_id(torch.where(near, r, 0.0)), torch.where(live, p - q - q * r, p))
-    return terms.sum(-1).clamp_(min=0.0)
+def _kl(d: Tensor, policy: _Rows, ref: _Rows, spare: Tensor) -> Tensor:
+    """KL(q || p) of each row, given d = (x - z)/τ. Overwrites d, policy.e and `spare`."""
+    on_cpu = d.device.type == "cpu"
+    c = _weighted(ref.e, d, spare) / ref.s
+    m = (policy.m - ref.m) / policy.temperature
+    kl = m + (policy.s.log() - ref.s.log()) - c
+    small = kl <= LARGE_KL * (1 + m.abs())
+    if on_cpu and not small.any():
+        return kl
+    p_elsewhere = _weighted(policy.e, torch.eq(ref.e, 0, out=spare), spare) / policy.s
+    t = d.sub_(c[:, None])
+    b = _weighted(ref.e, t, spare) / ref.s
+    h = torch.clamp(t, -NEAR, NEAR, out=spare)
+    phi = _phi(h, out=policy.e)
+    g = t.sub_(h)
+    if not (on_cpu and g.amin() == 0 == g.amax()):  # φ(h + g) = φ(h) + e^h·(e^g - 1) - g
+        e_h = h.add_(phi).add_(1)
+        phi.sub_(g).addcmul_(e_h, g.expm1_())
+    a = _weighted(ref.e, phi, phi) / ref.s
+    # KL = log(1 + a + b) - b - log(1 - p_elsewhere), with b - log(1 + b) = φ(log(1 + b))
+    h = torch.log1p(b)
+    pivoted = torch.log1p(a / (1 + b)) - _phi(h, out=torch.empty_like(h)) - torch.log1p(-p_elsewhere)
+    small &= a.isfinite() & (b.abs() < NEAR / 2) & (p_elsewhere < 0.5)
+    return torch.where(small, pivoted, kl).clamp_(min=0.0)
 
 
 def token_stats_fwd(
@@ -100,58 +146,85 @@ def token_stats_fwd(
     ignore_index: int,
     temperature: float,
     extras: tuple[str, ...],
+    softcaps: tuple[float | None, float | None] = (None, None),
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Statistics by name, each (N,), and `saved` (4, N): maximum and sum of exponentials of policy, then reference."""
+    """Statistics by name, each (N,), and `saved` (4, N): maximum and sum of exponentials of policy, then reference.
+
+    `softcaps` of policy and reference: all is of the logits cap·tanh(x/cap).
+    """
     dtype = torch.promote_types(torch.float32, torch.promote_types(policy.dtype, policy.dtype if ref is None else ref.dtype))
     N = labels.numel()
     names = ["logp", *(["ref_logp", "kl"] if ref is not None else []), *extras]
     out = {name: empty(N, dtype=dtype, device=policy.device) for name in names}
-    saved = empty((4, N), dtype=dtype, device=policy.device)
-    for o, part, rows in _chunks(policy):
-        ignored = labels[rows] == ignore_index
-        labelled = (labels[rows] >= 0) & (labels[rows] < V)
-        y = labels[rows].where(labelled, 0)
-        x = _rows(policy[o, part, :V], ignored, temperature, dtype)
+    saved = empty((4, N), dtype=dtype, device=policy.device).zero_()
+    ignored, unlabelled = labels == ignore_index, (labels < 0) | (labels >= V)
+    memory = _scratch(4, policy, V, dtype)
+    for o, part, rows in _chunks(policy, len(memory[0])):
+        if policy.device.type == "cpu" and ignored[rows].all():
+            continue
+        y = labels[rows].masked_fill(unlabelled[rows], 0)
+        x = _rows(policy[o, part, :V], softcaps[0], temperature, memory[0], memory[1])
+        spare = memory[2][: len(y)]
         stats = {"logp": x.label_logp(y)}
         saved[0, rows], saved[1, rows] = x.m, x.s
-        if ref is not None:
-            z = _rows(ref[o, part, :V], ignored, temperature, dtype)
-            stats["ref_logp"] = z.label_logp(y)
-            stats["kl"] = _kl(x, z)
-            saved[2, rows], saved[3, rows] = z.m, z.s
-            if "ref_entropy" in extras:
-                stats["ref_entropy"] = z.entropy()
         if "accuracy" in extras:
             stats["accuracy"] = (x.x.argmax(-1) == y).to(dtype)
         if "entropy" in extras:
-            stats["entropy"] = x.entropy()
+            stats["entropy"] = x.entropy(spare)
         if "mean_logit" in extras:
-            stats["mean_logit"] = x.x.mean(-1)
+            stats["mean_logit"] = _sum(x.x) / V
         if "log_sum_sq_probs" in extras:
-            stats["log_sum_sq_probs"] = x.e.square().sum(-1).log() - 2 * x.s.log()
+            stats["log_sum_sq_probs"] = _weighted(x.e, x.e, spare).log() - 2 * x.s.log()
+        if ref is not None:
+            z = _rows(ref[o, part, :V], softcaps[1], temperature, memory[2], memory[3])
+            stats["ref_logp"] = z.label_logp(y)
+            saved[2, rows], saved[3, rows] = z.m, z.s
+            d = x.x.sub_(z.x).div_(temperature)
+            if "ref_entropy" in extras:
+                stats["ref_entropy"] = z.entropy(spare)
+            stats["kl"] = _kl(d, x, z, spare)
         for name, stat in stats.items():
-            if name in NEED_LABEL:
-                stat = stat.where(labelled, float("nan"))
-            out[name][rows] = stat.masked_fill(ignored, 0.0)
+            out[name][rows] = stat
+    for name, stat in out.items():
+        if name in NEED_LABEL:
+            stat.masked_fill_(unlabelled, float("nan"))
+        stat.masked_fill_(ignored, 0.0)
     return out, saved
 
 
 def token_stats_bwd(
     policy: Tensor, ref: Tensor | None, labels: Tensor, saved: Tensor, g_logp: Tensor | None, g_kl: Tensor | None,
     d_policy: Tensor, *, V: int, ignore_index: int, temperature: float,
+    softcaps: tuple[float | None, float | None] = (None, None),
 ) -> None:  # fmt: skip
-    """Writes d_x = (g_logp·(e_y - p) + g_kl·(p - q)) / τ into `d_policy` (outer, inner, W), which may be `policy` itself."""
+    """Writes d_x = (g_logp·(e_y - p) + g_kl·(p - q)) / τ into `d_policy` (outer, inner, W), which may be `policy` itself.
+
+    With a softcap of the policy that is times 1 - tanh²(x/cap): the gradient of the logits as they came.
+    """
     zero = torch.zeros_like(saved[0])
     g_label = (zero if g_logp is None else g_logp) / temperature
     g_q = (zero if g_kl is None else g_kl) / temperature
-    for o, part, rows in _chunks(policy):
-        m_x, s_x, m_z, s_z = saved[:, rows, None]
-        y = labels[rows, None]
-        labelled = (y >= 0) & (y < V)
-        d = (policy[o, part, :V].to(saved.dtype) - m_x).div_(temperature).exp_().mul_((g_q - g_label)[rows, None] / s_x)
+    m_x, s_x, m_z, s_z = saved
+    ignored, unlabelled = labels == ignore_index, (labels < 0) | (labels >= V)
+    on_cpu = policy.device.type == "cpu"
+    w_p = ((g_q - g_label) / s_x).masked_fill_(unlabelled, float("nan"))
+    w_q = g_q / s_z
+    memory = _scratch(2 if softcaps[0] is None else 3, policy, V, saved.dtype)
+    for o, part, rows in _chunks(policy, len(memory[0])):
+        skip = ignored[rows, None]
+        if on_cpu and skip.all():
+            d_policy[o, part] = 0
+            continue
+        slope = None if softcaps[0] is None else memory[2][: len(skip)]
+        x = _load(policy[o, part, :V], softcaps[0], memory[0], slope)
+        d = _exp(x, m_x[rows], temperature, out=x).mul_(w_p[rows, None])
         if ref is not None and g_kl is not None:
-            q = (ref[o, part, :V].to(saved.dtype) - m_z).div_(temperature).exp_()
-            d.sub_(q.mul_(g_q[rows, None] / s_z))
-        d.scatter_add_(-1, y.where(labelled, 0), g_label[rows, None])
-        d_policy[o, part, :V] = d.masked_fill_(~labelled, float("nan")).masked_fill_(y == ignore_index, 0.0)
+            z = _load(ref[o, part, :V], softcaps[1], memory[1])
+            d.addcmul_(_exp(z, m_z[rows], temperature, out=z), w_q[rows, None], value=-1)
+        d.scatter_add_(-1, labels[rows, None].masked_fill(unlabelled[rows, None], 0), g_label[rows, None])
+        if slope is not None:
+            d.mul_(slope)
+        if not on_cpu or skip.any():
+            d.masked_fill_(skip, 0.0)
+        d_policy[o, part, :V] = d
         d_policy[o, part, V:] = 0

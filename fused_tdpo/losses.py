@@ -112,6 +112,24 @@ SMOOTHED = ("sigmoid", "robust")
 """The loss types that take label smoothing."""
 
 
+class Form(NamedTuple):
+    """What a pair loss depends on: this decides how pairs longer than a chunk go through (docs/math.md, "One pass")."""
+
+    kind: Literal["margin", "sequence", "pair"]
+    """`"margin"`: r_w − r_l alone. `"sequence"`: a sum of a function of r_w and one of r_l. `"pair"`: anything."""
+    by_length: bool = False
+    """On r/|y| in place of r."""
+
+
+PAIR_FORMS: dict[str, Form] = {
+    "sigmoid": Form("margin"),
+    "ipo": Form("margin", by_length=True),
+    "hinge": Form("margin"),
+    "robust": Form("margin"),
+}
+"""The form of every pair loss; a test checks each by autograd."""
+
+
 @dataclass(kw_only=True, repr=False, eq=False)
 class PreferenceLoss(nn.Module):
     """What TDPOLoss and DPOLoss share: options, and the way from logits to a PreferenceOutput.
@@ -219,19 +237,8 @@ class PreferenceLoss(nn.Module):
                 f"policy_logits {describe(policy_logits)}; got {describe(labels)}. The order is (policy_logits, ref_logits, "
                 "labels); pass logits and labels as the model has them, since the loss itself shifts the labels."
             )
-        layout = SequenceLayout(labels, cu_seqlens)
-        if layout.num_sequences % 2:
-            raise ValueError(
-                f"each pair needs a chosen and a rejected sequence, so their number must be even; got {layout.num_sequences} "
-                f"from labels {describe(labels)}"
-            )
-        _check_like("token_weights", token_weights, labels.shape, labels)
-        _check_like("kl_weights", kl_weights, labels.shape, labels)
-        _check_like("ref_logps", ref_logps, (layout.num_sequences,), labels)
-        self._check_reference(ref_logits, ref_logps)
-        if kl_weights is not None and ref_logits is None:
-            raise ValueError("kl_weights weigh the KL, which does not exist without ref_logits; pass these, or leave it out")
-        self._check_num_pairs(num_pairs)
+        layout = self._layout(labels, cu_seqlens, token_weights, kl_weights, ref_logps, num_pairs)
+        self._check_reference("ref_logits", ref_logits, kl_weights, ref_logps)
 
         labels = layout.shift(labels, self.ignore_index)
         stats = token_stats(
@@ -247,7 +254,8 @@ class PreferenceLoss(nn.Module):
             check_labels=self.check_labels,
             backend=self.backend,
         )
-        return self._output(self._sums(stats, labels, layout, token_weights, kl_weights, ref_logps), num_pairs)
+        sums = self._sums(stats, labels, layout, token_weights, kl_weights, ref_logps)
+        return self._output(sums, self.pair_losses(*sums.split(self.interleaved)), num_pairs)
 
     def log_ratios(self, chosen: SequenceSums, rejected: SequenceSums) -> tuple[Tensor, Tensor]:
         """Effective log-ratios (P,), (P,) that the pair loss compares."""
@@ -262,13 +270,42 @@ class PreferenceLoss(nn.Module):
         ratios, pair_loss = self.log_ratios(chosen, rejected), PAIR_LOSSES[self.loss_type]
         return pair_loss(*ratios, chosen.num_tokens, rejected.num_tokens, beta=self.beta, label_smoothing=self.label_smoothing)
 
-    def _check_reference(self, ref_logits: Tensor | None, ref_logps: Tensor | None) -> None:
-        if (ref_logits is None) == (ref_logps is None):
-            given = "neither" if ref_logits is None else "both"
+    def kl_slopes(self) -> tuple[float, float]:
+        """How the effective log-ratios of a chosen and of a rejected sequence change with its K, where ρ changes them by 1."""
+        return 0.0, 0.0
+
+    def _layout(
+        self,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        token_weights: Tensor | None,
+        kl_weights: Tensor | None,
+        ref_logps: Tensor | None,
+        num_pairs: float | Tensor | None,
+    ) -> SequenceLayout:
+        """Of the labels, with which the other arguments of a call must go together."""
+        layout = SequenceLayout(labels, cu_seqlens)
+        if layout.num_sequences % 2:
             raise ValueError(
-                f"the reference must be given once, as ref_logits or as ref_logps; got {given}. "
-                "Call with (policy_logits, ref_logits, labels), or with (policy_logits, None, labels, ref_logps=...)."
+                f"each pair needs a chosen and a rejected sequence, so their number must be even; got {layout.num_sequences} "
+                f"from labels {describe(labels)}"
             )
+        _check_like("token_weights", token_weights, labels.shape, labels)
+        _check_like("kl_weights", kl_weights, labels.shape, labels)
+        _check_like("ref_logps", ref_logps, (layout.num_sequences,), labels)
+        self._check_num_pairs(num_pairs)
+        return layout
+
+    def _check_reference(self, name: str, ref: Tensor | None, kl_weights: Tensor | None, ref_logps: Tensor | None) -> None:
+        """`ref` is the reference's `name`: its logits or hidden states."""
+        if (ref is None) == (ref_logps is None):
+            given = "neither" if ref is None else "both"
+            raise ValueError(
+                f"the reference must be given once, as {name} or as ref_logps; got {given}. Pass {name}, or None in its place "
+                "with ref_logps=..."
+            )
+        if kl_weights is not None and ref is None:
+            raise ValueError(f"kl_weights weigh the KL, which does not exist without {name}; pass these, or leave it out")
 
     def _check_num_pairs(self, num_pairs: float | Tensor | None) -> None:
         if num_pairs is not None and self.reduction == "sum":
@@ -289,24 +326,36 @@ class PreferenceLoss(nn.Module):
     ) -> SequenceSums:
         """Sums over each sequence, from statistics of already shifted labels and from weights as the caller gave them."""
         counted = labels != self.ignore_index
-        count = layout.sum(counted.to(stats.logp.dtype)).clamp(min=1)
 
         def total(values: Tensor, weights: Tensor | None = None) -> Tensor:
-            if weights is not None:  # weights of positions that do not count are left out, whatever they hold
-                values = values * layout.shift(weights, 0).to(values.dtype).where(counted, 0.0)
-            return layout.sum(values) / count if self.average_log_prob else layout.sum(values)
+            return layout.sum(values if weights is None else values * self._row_weights(weights, counted, layout, values.dtype))
 
         log_ratio = total(stats.logp if stats.ref_logp is None else stats.logp - stats.ref_logp, token_weights)
-        if ref_logps is not None:
-            log_ratio = log_ratio - ref_logps.detach().to(log_ratio.dtype)
         kl = None if stats.kl is None else total(stats.kl, kl_weights)
-        num_tokens = torch.ones_like(count) if self.average_log_prob else count
-        return SequenceSums(log_ratio, kl, total(stats.logp), num_tokens)
+        return self._sequence_sums(log_ratio, kl, total(stats.logp), total(counted.to(stats.logp.dtype)), ref_logps)
 
-    def _output(self, sums: SequenceSums, num_pairs: float | Tensor | None) -> PreferenceOutput:
-        losses = self.pair_losses(*sums.split(self.interleaved))
+    def _row_weights(self, weights: Tensor, counted: Tensor, layout: SequenceLayout, dtype: torch.dtype) -> Tensor:
+        """Shifted with the labels; those of positions that do not count are left out, whatever they hold."""
+        return layout.shift(weights, 0).to(dtype).where(counted, 0.0)
+
+    def _sequence_sums(
+        self, log_ratio: Tensor, kl: Tensor | None, logp: Tensor, num_tokens: Tensor, ref_logps: Tensor | None
+    ) -> SequenceSums:
+        """From sums over the tokens of each sequence: means of them with `average_log_prob`, less `ref_logps`."""
+        num_tokens = num_tokens.clamp(min=1)
+        sums = SequenceSums(log_ratio, kl, logp, num_tokens)
+        if self.average_log_prob:
+            sums = sums.map(lambda total: total / num_tokens)
+        if ref_logps is not None:
+            sums = sums._replace(log_ratio=sums.log_ratio - ref_logps.detach().to(log_ratio.dtype))
+        return sums
+
+    def _output(
+        self, sums: SequenceSums, losses: Tensor, num_pairs: float | Tensor | None, loss: Tensor | None = None
+    ) -> PreferenceOutput:
+        """From sums, losses (P,) and, where these carry no gradient, their sum `loss`."""
         pairs = max(len(losses), 1)
-        loss = losses.sum()
+        loss = losses.sum() if loss is None else loss
         if self.reduction == "mean":
             loss = (loss / (pairs if num_pairs is None else num_pairs)).to(losses.dtype)
 
@@ -365,11 +414,15 @@ class TDPOLoss(PreferenceLoss):
         variant = "tdpo1" if self.reward == "tdpo" else self.variant
         return tdpo_log_ratios(chosen, rejected, alpha=self.alpha, variant=variant)
 
-    def _check_reference(self, ref_logits: Tensor | None, ref_logps: Tensor | None) -> None:
-        if ref_logits is None or ref_logps is not None:
+    def kl_slopes(self) -> tuple[float, float]:
+        return (1.0, 1.0) if self.variant == "tdpo1" else (0.0, self.alpha)
+
+    def _check_reference(self, name: str, ref: Tensor | None, kl_weights: Tensor | None, ref_logps: Tensor | None) -> None:
+        if ref is None or ref_logps is not None:
             raise ValueError(
-                "TDPO needs ref_logits: its KL takes the reference's whole distribution at each token, of which ref_logps keep "
-                "the label's entry only. Pass ref_logits alone, or use DPOLoss with ref_logps."
+                f"TDPO needs {name}: its KL takes the reference's whole distribution at each token, of which ref_logps keep "
+                f"the label's entry only. Pass {name} alone, or use {type(self).__name__.replace('TDPO', 'DPO')} with "
+                "ref_logps."
             )
 
 

@@ -10,6 +10,8 @@ Conventions: q(v) = 0 contributes 0 to the KL whatever log p(v) is; q(v) > 0 wit
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,3 +87,49 @@ def token_stats_reference(
             raise ValueError(f"unknown extra {name!r}")
         stats[name] = finish(stat.detach(), needs_label=name == "accuracy")
     return TokenStats(**stats)
+
+
+def linear_token_stats_reference(
+    policy_hidden: Tensor,
+    policy_head: Any,
+    ref_hidden: Tensor | None,
+    ref_head: Any,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    extras: Sequence[str] = (),
+    logits_dtype: torch.dtype | None = None,
+) -> TokenStats:
+    """The same from hidden states: whole logits, softcap(scale·(h Wᵀ + b)), then `token_stats_reference`; by autograd.
+
+    Args:
+        policy_hidden: (..., D) float tensor. ref_hidden: the same of the reference, or None; receives no gradient.
+        policy_head, ref_head: `LMHead`s; the reference's may be None.
+        labels, ignore_index, temperature, vocab_size, extras: as in `token_stats_reference`.
+        logits_dtype: dtype of the products and logits; None: the wider one of hidden states and head.
+
+    Returns:
+        `TokenStats` of shape `labels.shape`.
+    """
+    ignored = (labels == ignore_index).unsqueeze(-1)
+
+    def logits_of(hidden: Tensor, head: Any) -> Tensor:  # (..., V)
+        hidden = hidden.masked_fill(ignored, 0.0)  # selects: NaN reaches neither logits nor the gradient of the head
+        if vocab_size is not None:
+            head = replace(head, vocab_size=vocab_size)
+        return head.logits(hidden if logits_dtype is None else hidden.to(logits_dtype))
+
+    ref_logits = None
+    if ref_hidden is not None:
+        with torch.no_grad():
+            ref_logits = logits_of(ref_hidden, ref_head)
+    return token_stats_reference(
+        logits_of(policy_hidden, policy_head),
+        ref_logits,
+        labels,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        extras=extras,
+    )

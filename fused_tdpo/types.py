@@ -38,6 +38,15 @@ REF_EXTRAS = ("ref_entropy",)
 """The extras that need a reference."""
 
 
+class Engine(NamedTuple):
+    """How a loss was computed from hidden states."""
+
+    name: str
+    """`"one_pass"` or `"recompute"`."""
+    reason: str
+    """Why that one, in words."""
+
+
 class PreferenceOutput(NamedTuple):
     """What a preference loss returns. Only ``loss`` is differentiable; everything else is detached.
 
@@ -62,3 +71,5 @@ class PreferenceOutput(NamedTuple):
     """(P,) the same of the rejected sequence."""
     metrics: dict[str, Tensor]
     """0-dim tensors under the names that TRL and the TDPO authors log; reading them is what synchronises, not making them."""
+    engine: Engine | None = None
+    """Of a loss from hidden states; None from logits."""

@@ -10,6 +10,8 @@ its label. Three kernels, each reading a logit at most once:
 How a row is cut is a function of V, the dtypes and its alignment alone, so a row's bits do not depend on its neighbours.
 Exponentials are base 2: m is the running maximum of x·scale with scale = log2(e)/τ, and s the sum of 2^(x·scale - m).
 
+Where a softcap is given, x and z stand for cap·tanh(x/cap) of what is loaded, and d_x is times 1 - tanh²(x/cap).
+
 The KL of a row, with t = (x - z)/τ - c for a pivot c near the q-mean of (x - z)/τ (docs/math.md derives it and its error):
 
     b = E_q[t],  a = E_q[e^t - 1 - t],  u = a + b,  KL = a - (u - log(1 + u))
@@ -29,6 +31,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOWEST: tl.constexpr = tl.constexpr(-1e38)
 """Where running maxima start: finite, so that -inf logits subtract to -inf and not to NaN."""
+HIGHEST: tl.constexpr = tl.constexpr(3e38)
 
 # Fields of a segment's record. "Weighted" sums carry the factor 2^-m of their distribution.
 M_X: tl.constexpr = tl.constexpr(0)  # max of x·scale
@@ -70,7 +73,30 @@ def _aligned_words(row_ptr, word: tl.constexpr):
 
 
 @triton.jit
-def _load(row_ptr, group, limit, E: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr):
+def _softcap(x, cap):
+    """(y, dy/dx) of y = cap·tanh(x/cap), float32 to two units in the last place, also where |x| is far below or beyond the cap.
+
+    With v = 2·log2(e)·x/cap and r = 2/(1 + 2^|v|): tanh = ±(1 - r), and its derivative r(2 - r), which does not cancel where it
+    is small. Where |v| < 2.9, 1 - r would, and tanh is a minimax series. No sum has two products, and a select comes last: a
+    compiler can fuse them in one way only, so that equal logits are equal wherever they are capped.
+    """
+    v = x * (2 * LOG2E / cap)
+    w = v * v
+    ratio = 3.14344694e-09
+    ratio = ratio * w - 1.55706219e-07
+    ratio = ratio * w + 4.23119567e-06
+    ratio = ratio * w - 9.26829794e-05
+    ratio = ratio * w + 1.92258642e-03
+    ratio = ratio * w - 4.00373138e-02
+    root = tl.rsqrt(tl.exp2(tl.abs(v)) * 0.5 + 0.5)  # 1/√, since 1/x takes six instructions more
+    r = root * root
+    sign = x.to(tl.int32, bitcast=True) & -2147483648
+    large = ((cap - cap * r).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(v) < 2.9, x + x * (w * ratio), large), r * (2.0 - r)
+
+
+@triton.jit
+def _load(row_ptr, group, limit, cap, E: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr):
     """Logits of the column groups `group` (K, T, 1), E columns each, as float32 (K, T, E); columns from `limit` on are -inf.
 
     A masked group is loaded whole, which keeps the access 128 bits wide: `is_wide` has checked that its memory exists.
@@ -90,6 +116,8 @@ def _load(row_ptr, group, limit, E: tl.constexpr, WIDE: tl.constexpr, MASKED: tl
     else:
         ptrs = row_ptr + (group * E + lane)
         x = (tl.load(ptrs, mask=group * E < limit, other=0.0) if MASKED else tl.load(ptrs)).to(tl.float32)
+    if cap is not None:
+        x, _ = _softcap(x, cap)
     if MASKED:
         x = tl.where(group * E + lane < limit, x, float("-inf"))
     return x
@@ -102,10 +130,14 @@ def _by_thread(tile):
 
 
 @triton.jit
-def _load_label_logit(row_ptr, label, V):
+def _load_label_logit(row_ptr, label, V, cap):
     """The label's logit as float32; -inf for a label outside [0, V), without touching memory."""
     inside = (label >= 0) & (label < V)
-    return tl.load(row_ptr + label, mask=inside, other=float("-inf")).to(tl.float32)
+    x = tl.load(row_ptr + label, mask=inside, other=float("-inf")).to(tl.float32)
+    if cap is not None:
+        x, _ = _softcap(x, cap)
+        x = tl.where(inside, x, float("-inf"))
+    return x
 
 
 @triton.jit
@@ -187,16 +219,16 @@ def _fold_tile(
 
 @triton.jit
 def _fold_columns(
-    state, policy_row, ref_row, group, limit, pivot, x_label, label_group, scale, inv_temperature,
+    state, policy_row, ref_row, group, limit, pivot, x_label, label_group, scale, inv_temperature, policy_cap, ref_cap,
     E: tl.constexpr, WIDE: tl.constexpr,
     MASKED: tl.constexpr, ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, ACCURACY: tl.constexpr, MEAN_LOGIT: tl.constexpr,
     SQUARE_SUM: tl.constexpr,
 ):  # fmt: skip
     """Loads the tile of column groups `group` (K, T, 1) and folds it."""
-    x = _by_thread(_load(policy_row, group, limit, E, WIDE, MASKED))
+    x = _by_thread(_load(policy_row, group, limit, policy_cap, E, WIDE, MASKED))
     z = None
     if ref_row is not None:
-        z = _by_thread(_load(ref_row, group, limit, E, WIDE, MASKED))
+        z = _by_thread(_load(ref_row, group, limit, ref_cap, E, WIDE, MASKED))
     return _fold_tile(state, x, z, _by_thread(group), limit, pivot, x_label, label_group, scale, inv_temperature,
                       MASKED, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM)  # fmt: skip
 
@@ -233,8 +265,8 @@ def _id_minus_log1p(u):
 
 
 @triton.jit(
-    do_not_specialize=["inner", "segments", "segment", "V", "scale", "inv_temperature", "ignore_index", "field_stride",
-                       "policy_outer", "policy_inner", "ref_outer", "ref_inner"],
+    do_not_specialize=["inner", "segments", "segment", "V", "scale", "inv_temperature", "policy_cap", "ref_cap",
+                       "ignore_index", "field_stride", "policy_outer", "policy_inner", "ref_outer", "ref_inner"],
     do_not_specialize_on_alignment=["policy_ptr", "ref_ptr", "label_ptr", "record_ptr"],
 )  # fmt: skip
 def token_stats_fold_kernel(
@@ -244,7 +276,7 @@ def token_stats_fold_kernel(
     ref_outer: tl.int64, ref_inner: tl.int64,
     field_stride: tl.int64,                                          # N·segments
     inner, segments, segment, V,                                     # sizes; a segment has `segment` columns
-    scale, inv_temperature, ignore_index: tl.int64,
+    scale, inv_temperature, policy_cap, ref_cap, ignore_index: tl.int64,
     K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr,
     ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, ACCURACY: tl.constexpr, MEAN_LOGIT: tl.constexpr,
     SQUARE_SUM: tl.constexpr,
@@ -264,15 +296,15 @@ def token_stats_fold_kernel(
     label_group = label // E
 
     # The first tile gives the pivot, and is masked since it may be the only one.
-    x_label = _load_label_logit(policy_row, label, V)
-    x = _by_thread(_load(policy_row, group, limit, E, WIDE, MASKED=True))
+    x_label = _load_label_logit(policy_row, label, V, policy_cap)
+    x = _by_thread(_load(policy_row, group, limit, policy_cap, E, WIDE, MASKED=True))
     z = None
     ref_row = None
     pivot = 0.0
     if ref_ptr is not None:
         ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, WIDE, E)
-        z = _by_thread(_load(ref_row, group, limit, E, WIDE, MASKED=True))
-        pivot = _pivot(x, z, x_label, _load_label_logit(ref_row, label, V), scale, inv_temperature)
+        z = _by_thread(_load(ref_row, group, limit, ref_cap, E, WIDE, MASKED=True))
+        pivot = _pivot(x, z, x_label, _load_label_logit(ref_row, label, V, ref_cap), scale, inv_temperature)
 
     lowest = tl.full([T], LOWEST, tl.float32)
     zero = tl.zeros([T], tl.float32)
@@ -284,12 +316,12 @@ def token_stats_fold_kernel(
     for i in range(1, full):
         state = _fold_columns(
             state, policy_row, ref_row, group + i * (K * T), limit, pivot, x_label, label_group, scale, inv_temperature,
-            E, WIDE, False, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM,
+            policy_cap, ref_cap, E, WIDE, False, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM,
         )  # fmt: skip
     if (full > 0) & (start + full * TILE < limit):
         state = _fold_columns(
             state, policy_row, ref_row, group + full * (K * T), limit, pivot, x_label, label_group, scale, inv_temperature,
-            E, WIDE, True, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM,
+            policy_cap, ref_cap, E, WIDE, True, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM,
         )  # fmt: skip
 
     # Merge the threads, once.
@@ -307,7 +339,7 @@ def token_stats_fold_kernel(
         tl.store(record_ptr + SUM_X * field_stride, tl.sum(sum_x, axis=0))
     if ACCURACY:
         near_label = label_group * E + tl.arange(0, E)
-        x = tl.load(policy_row + near_label, mask=(near_label >= 0) & (near_label < V), other=float("-inf")).to(tl.float32)
+        x = _load_label_logit(policy_row, near_label, V, policy_cap)
         ahead = tl.where(near_label < label, x >= x_label, x > x_label)
         tl.store(record_ptr + BEATEN * field_stride, tl.maximum(tl.max(beaten, axis=0), tl.max(ahead.to(tl.float32), axis=0)))
     if ref_ptr is not None:
@@ -324,8 +356,8 @@ def token_stats_fold_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["N", "inner", "segments", "V", "scale", "inv_temperature", "ignore_index", "field_stride",
-                       "policy_outer", "policy_inner", "ref_outer", "ref_inner"],
+    do_not_specialize=["N", "inner", "segments", "V", "scale", "inv_temperature", "policy_cap", "ref_cap", "ignore_index",
+                       "field_stride", "policy_outer", "policy_inner", "ref_outer", "ref_inner"],
     do_not_specialize_on_alignment=["policy_ptr", "ref_ptr", "label_ptr", "record_ptr", "saved_ptr", "logp_ptr",
                                     "ref_logp_ptr", "kl_ptr", "entropy_ptr", "ref_entropy_ptr", "accuracy_ptr",
                                     "mean_logit_ptr", "log_sum_sq_probs_ptr"],
@@ -339,7 +371,7 @@ def token_stats_finish_kernel(
     ref_outer: tl.int64, ref_inner: tl.int64,
     field_stride: tl.int64,
     N, inner, segments, V,
-    scale, inv_temperature, ignore_index: tl.int64,
+    scale, inv_temperature, policy_cap, ref_cap, ignore_index: tl.int64,
     ROWS: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """One program merges the records of ROWS rows, in index order, and writes every output."""
@@ -360,8 +392,9 @@ def token_stats_finish_kernel(
     r_x = tl.exp2(m_x - top_x[:, None])
     sum_exp_x = tl.sum(s_x * r_x, axis=1)
     log2_sum_x = tl.log2(sum_exp_x)
-    x_label = _load_label_logit(policy_ptr + _row_offset(row, inner, policy_outer, policy_inner), label, V)
-    logp = LN2 * ((x_label * scale - top_x) - log2_sum_x)
+    x_label = _load_label_logit(policy_ptr + _row_offset(row, inner, policy_outer, policy_inner), label, V, policy_cap)
+    # minimum: keeps the product from being fused with the difference, as it is not in top_x, so that a lone token has logp = 0
+    logp = LN2 * ((tl.minimum(x_label * scale, HIGHEST) - top_x) - log2_sum_x)
     logp = tl.where(labelled, tl.where(logp > 0, 0.0, logp), float("nan"))
     tl.store(logp_ptr + row, tl.where(active, logp, 0.0), mask=inside)
     tl.store(saved_ptr + row, tl.where(active, top_x, 0.0), mask=inside)
@@ -390,8 +423,8 @@ def token_stats_finish_kernel(
         s_z = s_z * r_z
         sum_exp_z = tl.sum(s_z, axis=1)
         log2_sum_z = tl.log2(sum_exp_z)
-        z_label = _load_label_logit(ref_ptr + _row_offset(row, inner, ref_outer, ref_inner), label, V)
-        ref_logp = LN2 * ((z_label * scale - top_z) - log2_sum_z)
+        z_label = _load_label_logit(ref_ptr + _row_offset(row, inner, ref_outer, ref_inner), label, V, ref_cap)
+        ref_logp = LN2 * ((tl.minimum(z_label * scale, HIGHEST) - top_z) - log2_sum_z)
         ref_logp = tl.where(labelled, tl.where(ref_logp > 0, 0.0, ref_logp), float("nan"))
         tl.store(ref_logp_ptr + row, tl.where(active, ref_logp, 0.0), mask=inside)
         tl.store(saved_ptr + 2 * N + row, tl.where(active, top_z, 0.0), mask=inside)
@@ -402,11 +435,14 @@ def token_stats_finish_kernel(
         b = _rescaled(tl.load(cell + B * field_stride, mask=live, other=0.0), r_z)
         a = _rescaled(tl.load(cell + A * field_stride, mask=live, other=0.0), r_z)
         far = tl.sum(tl.load(cell + FAR * field_stride, mask=live, other=0.0) * r_x, axis=1)
-        center = tl.sum(b + pivot * s_z, axis=1) / sum_exp_z
-        h = pivot - center[:, None]
+        # C is c + offset, with c a pivot of the row: a large common shift of the logits is in c, and is never rounded again.
+        c = tl.sum(tl.where(s == 0, pivot, 0.0), axis=1)
+        pivot -= c[:, None]
+        offset = tl.sum(b + pivot * s_z, axis=1) / sum_exp_z
+        h = pivot - offset[:, None]
         phi = _expm1_minus_id(h)
         a = tl.where(r_z > 0, (1.0 + h + phi) * a + (h + phi) * b + phi * s_z, 0.0)
-        far = tl.where(far > 0, far * tl.exp2(top_x - top_z - center * LOG2E), 0.0)
+        far = tl.where(far > 0, far * tl.exp2(top_x - top_z - (c + offset) * LOG2E), 0.0)
         a = (tl.sum(a, axis=1) + far) / sum_exp_z
         b = tl.sum(tl.where(r_z > 0, b + h * s_z, 0.0), axis=1) / sum_exp_z
         u = a + b
@@ -415,7 +451,8 @@ def token_stats_finish_kernel(
         kl = tl.where(
             (u > -0.5) & (u < 1.0) & (moved < 0.125),
             a - _id_minus_log1p(u),
-            LN2 * ((top_x - top_z) + (log2_sum_x - log2_sum_z)) - center,  # large, infinite, overflown, cancelled: plain form
+            (LN2 * ((top_x - top_z) + (log2_sum_x - log2_sum_z)) - c)
+            - offset,  # large, infinite, overflown, cancelled: plain form
         )
         kl = tl.where(labelled, tl.where(kl < 0, 0.0, kl), float("nan"))
         tl.store(kl_ptr + row, tl.where(active, kl, 0.0), mask=inside)
@@ -427,20 +464,26 @@ def token_stats_finish_kernel(
 
 @triton.jit
 def _gradient_tile(
-    d_row, policy_row, ref_row, group, limit, stop, label, g_label, c_p, c_q, m_x, m_z, scale,
+    d_row, policy_row, ref_row, group, limit, stop, label, g_label, c_p, c_q, m_x, m_z, scale, policy_cap, ref_cap,
     E: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Writes g_label·e_y + c_p·2^(x·scale - m_x) + c_q·2^(z·scale - m_z) of the columns in `group` (K, T, 1), up to `stop`.
+    """Writes g_label·e_y + c_p·2^(x·scale - m_x) + c_q·2^(z·scale - m_z) of the columns in `group` (K, T, 1), up to `stop`;
+    with a cap, x and z are capped, and all of it is times the slope of x.
 
     A row that is None contributes 0, and so do columns from `limit` on.
     """
     lane = tl.arange(0, E)[None, None, :]
     d_x = tl.zeros([group.shape[0], group.shape[1], E], tl.float32)
     if policy_row is not None:
-        d_x = c_p * tl.exp2(_load(policy_row, group, limit, E, WIDE, MASKED) * scale - m_x)
+        x = _load(policy_row, group, limit, None, E, WIDE, MASKED)
+        if policy_cap is not None:
+            x, slope = _softcap(x, policy_cap)
+        d_x = c_p * tl.exp2(x * scale - m_x)
         if ref_row is not None:
-            d_x += c_q * tl.exp2(_load(ref_row, group, limit, E, WIDE, MASKED) * scale - m_z)
+            d_x += c_q * tl.exp2(_load(ref_row, group, limit, ref_cap, E, WIDE, MASKED) * scale - m_z)
         d_x = tl.where(label - group * E == lane, d_x + g_label, d_x)
+        if policy_cap is not None:
+            d_x *= slope
     column = group * E + lane
     if MASKED:
         tl.store(d_row + column, tl.where(column < limit, d_x, 0.0).to(d_row.dtype.element_ty), mask=column < stop)
@@ -453,7 +496,7 @@ def _gradient_tile(
 
 @triton.jit
 def _gradient_columns(
-    d_row, policy_row, ref_row, start, stop, V, label, g_label, c_p, c_q, m_x, m_z, scale,
+    d_row, policy_row, ref_row, start, stop, V, label, g_label, c_p, c_q, m_x, m_z, scale, policy_cap, ref_cap,
     K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of columns [start, stop), zeros from V on."""
@@ -461,15 +504,15 @@ def _gradient_columns(
     full = tl.maximum(tl.minimum(stop, V) - start, 0) // (K * T * E)
     for i in range(0, full):
         _gradient_tile(d_row, policy_row, ref_row, group + i * (K * T), V, stop, label, g_label, c_p, c_q, m_x, m_z, scale,
-                       E, WIDE, MASKED=False)  # fmt: skip
+                       policy_cap, ref_cap, E, WIDE, MASKED=False)  # fmt: skip
     for i in range(full, tl.cdiv(stop - start, K * T * E)):
         _gradient_tile(d_row, policy_row, ref_row, group + i * (K * T), V, stop, label, g_label, c_p, c_q, m_x, m_z, scale,
-                       E, WIDE, MASKED=True)  # fmt: skip
+                       policy_cap, ref_cap, E, WIDE, MASKED=True)  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=["N", "inner", "chunks", "chunk", "V", "W", "scale", "inv_temperature", "ignore_index",
-                       "policy_outer", "policy_inner", "ref_outer", "ref_inner", "d_outer", "d_inner"],
+    do_not_specialize=["N", "inner", "chunks", "chunk", "V", "W", "scale", "inv_temperature", "policy_cap", "ref_cap",
+                       "ignore_index", "policy_outer", "policy_inner", "ref_outer", "ref_inner", "d_outer", "d_inner"],
     do_not_specialize_on_alignment=["policy_ptr", "ref_ptr", "label_ptr", "saved_ptr", "g_logp_ptr", "g_kl_ptr",
                                     "d_policy_ptr"],
 )  # fmt: skip
@@ -481,7 +524,7 @@ def token_stats_bwd_kernel(
     ref_outer: tl.int64, ref_inner: tl.int64,
     d_outer: tl.int64, d_inner: tl.int64,
     N, inner, chunks, chunk, V, W,                                   # sizes; columns [V, W) get a zero gradient
-    scale, inv_temperature, ignore_index: tl.int64,
+    scale, inv_temperature, policy_cap, ref_cap, ignore_index: tl.int64,
     K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program writes one chunk of one row's gradient: reads 1 x and 1 z, writes 1 d_x per column.
@@ -498,7 +541,7 @@ def token_stats_bwd_kernel(
 
     label = tl.load(label_ptr + row)
     if label == ignore_index:
-        _gradient_columns(d_row, None, None, start, stop, W, -1, 0.0, 0.0, 0.0, 0.0, 0.0, scale, K, T, E, WIDE)
+        _gradient_columns(d_row, None, None, start, stop, W, -1, 0.0, 0.0, 0.0, 0.0, 0.0, scale, None, None, K, T, E, WIDE)
         return
 
     labelled = (label >= 0) & (label < V)
@@ -510,17 +553,23 @@ def token_stats_bwd_kernel(
     c_p = tl.where(labelled, (g_kl - g_logp) * inv_temperature / tl.load(saved_ptr + N + row), float("nan"))
     m_x = tl.load(saved_ptr + row)
     if ref_ptr is None or g_kl_ptr is None:
-        _gradient_columns(d_row, policy_row, None, start, stop, V, label, g_label, c_p, 0.0, m_x, 0.0, scale, K, T, E, WIDE)
+        _gradient_columns(
+            d_row, policy_row, None, start, stop, V, label, g_label, c_p, 0.0, m_x, 0.0, scale, policy_cap, None, K, T, E, WIDE
+        )
     else:
         if g_kl == 0:
-            _gradient_columns(d_row, policy_row, None, start, stop, V, label, g_label, c_p, 0.0, m_x, 0.0, scale, K, T, E, WIDE)
+            _gradient_columns(
+                d_row, policy_row, None, start, stop, V, label, g_label, c_p, 0.0, m_x, 0.0, scale, policy_cap, None,
+                K, T, E, WIDE,
+            )  # fmt: skip
         else:
             ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, WIDE, E)
             m_z = tl.load(saved_ptr + 2 * N + row)
             c_q = -g_kl * inv_temperature / tl.load(saved_ptr + 3 * N + row)
             _gradient_columns(
-                d_row, policy_row, ref_row, start, stop, V, label, g_label, c_p, c_q, m_x, m_z, scale, K, T, E, WIDE
-            )
+                d_row, policy_row, ref_row, start, stop, V, label, g_label, c_p, c_q, m_x, m_z, scale, policy_cap, ref_cap,
+                K, T, E, WIDE,
+            )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------------- config
@@ -600,6 +649,12 @@ def backward_registers(tile: Tiling, dtype: torch.dtype) -> int:
     return 40 if tile.E == 8 and dtype == torch.bfloat16 else 48
 
 
+def ample_registers(extras: bool) -> int:
+    """The same for both where more is needed: for softcaps, of whose arithmetic sm_100 packs pairs and holds every constant
+    twice, and for gradients wider than their logits. Four warps still fit a quarter of an SM, three with extras."""
+    return 168 if extras else 128
+
+
 def is_wide(V: int, *logits: Tensor | None) -> bool:
     """Whether every row of every (outer, inner, width) tensor starts on a 16-byte boundary, and its last 16-byte group of
     columns below V lies in the tensor's memory whole."""
@@ -615,6 +670,8 @@ def is_wide(V: int, *logits: Tensor | None) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------- launchers
+
+Softcaps = tuple[float | None, float | None]
 
 empty = torch.empty
 """Every fresh tensor of a launcher comes from here, so that tests can hand out memory full of NaN."""
@@ -646,6 +703,10 @@ def _scales(temperature: float) -> dict[str, float]:
     return {"scale": LOG2E.value / temperature, "inv_temperature": 1.0 / temperature}
 
 
+def _caps(softcaps: Softcaps, ref: Tensor | None) -> dict[str, float | None]:
+    return {"policy_cap": softcaps[0], "ref_cap": None if ref is None else softcaps[1]}
+
+
 def token_stats_fwd(
     policy: Tensor,
     ref: Tensor | None,
@@ -655,12 +716,14 @@ def token_stats_fwd(
     ignore_index: int,
     temperature: float,
     extras: tuple[str, ...],
+    softcaps: Softcaps = (None, None),
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Launches fold and finish.
 
     Args:
         policy: (outer, inner, >= V) logits, columns contiguous, any row strides. ref: the same or None.
         labels: (outer·inner,) int64, contiguous.
+        softcaps: of policy and reference, whose logits are raw products x where it is a number: they count as cap·tanh(x/cap).
 
     Returns:
         the statistics by name, each (N,) float32, and `saved` (4, N) float32 for backward: m_x, s_x, m_z, s_z.
@@ -669,6 +732,7 @@ def token_stats_fwd(
     wide = is_wide(V, policy, ref)
     tile = tiling(V, max(policy.element_size(), ref.element_size() if ref is not None else 1), wide)
     segments, segment = segmentation(V, tile)
+    caps = _caps(softcaps, ref)
     device = policy.device
 
     names = ["logp", *(["ref_logp", "kl"] if ref is not None else []), *extras]
@@ -677,14 +741,15 @@ def token_stats_fwd(
     record = empty((NUM_FIELDS, N, segments), dtype=torch.float32, device=device)
     common = {
         "policy_ptr": policy, "ref_ptr": ref, "label_ptr": labels, "record_ptr": record, "field_stride": N * segments,
-        "inner": inner, "segments": segments, "V": V, "ignore_index": ignore_index, **_scales(temperature),
+        "inner": inner, "segments": segments, "V": V, "ignore_index": ignore_index, **_scales(temperature), **caps,
     }  # fmt: skip
     _launch(
         token_stats_fold_kernel, N * segments, **common,
         **_strides("policy", policy, tile), **_strides("ref", ref, tile), segment=segment,
         K=tile.K, T=tile.T, E=tile.E, WIDE=tile.WIDE,
         ENTROPY="entropy" in out, REF_ENTROPY="ref_entropy" in out, ACCURACY="accuracy" in out, MEAN_LOGIT="mean_logit" in out,
-        SQUARE_SUM="log_sum_sq_probs" in out, num_warps=tile.num_warps, maxnreg=fold_registers(tile, extras=bool(extras)),
+        SQUARE_SUM="log_sum_sq_probs" in out, num_warps=tile.num_warps,
+        maxnreg=ample_registers(bool(extras)) if any(caps.values()) else fold_registers(tile, bool(extras)),
     )  # fmt: skip
     _launch(
         token_stats_finish_kernel, -(-N // FINISH_ROWS), **common,
@@ -698,16 +763,19 @@ def token_stats_fwd(
 
 def token_stats_bwd(
     policy: Tensor, ref: Tensor | None, labels: Tensor, saved: Tensor, g_logp: Tensor | None, g_kl: Tensor | None,
-    d_policy: Tensor, *, V: int, ignore_index: int, temperature: float,
+    d_policy: Tensor, *, V: int, ignore_index: int, temperature: float, softcaps: Softcaps = (None, None),
 ) -> None:  # fmt: skip
-    """Launches backward: writes the gradient of the policy logits into `d_policy` (outer, inner, W), which may be `policy`.
+    """Launches backward: writes the gradient of the policy logits into `d_policy` (outer, inner, W), which may be `policy`, or
+    have another dtype. With a softcap of the policy, that of the raw products.
 
     `g_logp` and `g_kl` are (N,) float32, contiguous, or None for zero; the rest is what `token_stats_fwd` took and saved.
     """
     N, inner, W = labels.numel(), policy.shape[1], policy.shape[2]
     ref = ref if g_kl is not None else None
     wide = is_wide(V, policy, ref) and is_wide(0, d_policy)
-    tile = tiling(W, max(policy.element_size(), ref.element_size() if ref is not None else 1), wide)
+    tile = tiling(W, max(t.element_size() for t in (policy, ref, d_policy) if t is not None), wide)
+    caps = _caps(softcaps, ref)
+    ample = any(caps.values()) or d_policy.element_size() > policy.element_size()
     chunk = backward_chunk(tile)
     chunks = -(-W // chunk)
     _launch(
@@ -715,6 +783,7 @@ def token_stats_bwd(
         policy_ptr=policy, ref_ptr=ref, label_ptr=labels, saved_ptr=saved, g_logp_ptr=g_logp, g_kl_ptr=g_kl,
         d_policy_ptr=d_policy,
         **_strides("policy", policy, tile), **_strides("ref", ref, tile), **_strides("d", d_policy, tile),
-        N=N, inner=inner, chunks=chunks, chunk=chunk, V=V, W=W, ignore_index=ignore_index, **_scales(temperature),
-        K=tile.K, T=tile.T, E=tile.E, WIDE=tile.WIDE, num_warps=tile.num_warps, maxnreg=backward_registers(tile, policy.dtype),
+        N=N, inner=inner, chunks=chunks, chunk=chunk, V=V, W=W, ignore_index=ignore_index, **_scales(temperature), **caps,
+        K=tile.K, T=tile.T, E=tile.E, WIDE=tile.WIDE, num_warps=tile.num_warps,
+        maxnreg=ample_registers(extras=False) if ample else backward_registers(tile, policy.dtype),
     )  # fmt: skip

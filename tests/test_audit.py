@@ -153,6 +153,13 @@ def test_budget():
     assert (backward.instructions, backward.sfu, backward.registers) == (14, 2.1, 40)
 
 
+def test_budget_of_a_softcap():
+    """Sixteen instructions a logit, two of them special functions; backward has the slope of x on top."""
+    forward, backward = audit.CAPPED_FORWARD, audit.CAPPED_BACKWARD
+    assert (forward.instructions, forward.sfu, forward.registers) == (28 + 2 * 16 + 2, 2.3 + 2 * 2, 128)
+    assert (backward.instructions, backward.sfu, backward.registers) == (14 + 2 * 16 + 4, 2.1 + 2 * 2, 128)
+
+
 # ------------------------------------------------------------------------------------------------------------------ compiling
 
 
@@ -167,9 +174,11 @@ def run(code: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str
     "options",
     [
         ["--case", "fold bf16", "--case", "bwd bf16"],
-        ["--case", "fp32", "--case", "bf16-narrow", "--target", "sm_90"],
+        ["--case", "fp32", "--case", "bf16-narrow", "--case", "fp32-to-bf16", "--case", "bf16-to-fp32", "--target", "sm_90"],
+        ["--case", "fold bf16-capped", "--case", "bwd bf16-capped", "--case", "bwd fp32-to-bf16-capped"],
+        ["--case", "bf16-extras-capped", "--case", "bf16-narrow-capped", "--target", "sm_100"],
     ],
-    ids=["bf16-everywhere", "others-on-sm_90"],
+    ids=["bf16-everywhere", "others-on-sm_90", "capped-everywhere", "capped-others-on-sm_100"],
 )
 def test_kernels_keep_their_budget(options: list[str], compiler_env: dict[str, str], tmp_path: Path):
     record = tmp_path / "audit.json"

@@ -317,6 +317,25 @@ def test_backward_of_kl_alone():
         assert_rows_read_once(name, traffic.reads(memory), case, inputs.active)
 
 
+@pytest.mark.parametrize("case", [WITH_EXTRAS["extras"], CASES["narrow"]], ids=["extras", "narrow"])
+def test_a_softcap_moves_no_byte(case):
+    inputs = make(case)
+    policy, ref = inputs.policy[None], inputs.ref[None]
+    g, fixed = torch.ones(N), {"V": case.V, "ignore_index": case.ignore_index, "temperature": 1.0}
+
+    def traffic_of(softcaps: tuple[float | None, float | None]) -> list[Tensor | int]:
+        options = {**fixed, "softcaps": softcaps}
+        with counted_traffic() as traffic:
+            _, saved = kernels.token_stats_fwd(policy, ref, inputs.labels, extras=case.extras, **options)
+            kernels.token_stats_bwd(policy, ref, inputs.labels, saved, g, g, torch.empty_like(policy), **options)
+        counts = [traffic.reads(memory) + traffic.writes(memory) for memory in inputs.memory.values()]
+        return [torch.stack(counts), traffic.bytes_read(), traffic.bytes_written()]
+
+    (counts, *moved), (capped_counts, *capped_moved) = traffic_of((None, None)), traffic_of((30.0, 50.0))
+    assert torch.equal(capped_counts, counts)
+    assert capped_moved == moved
+
+
 @pytest.mark.parametrize(
     ("loss", "chosen_read", "rejected_read"),
     [

@@ -63,6 +63,10 @@ def calls() -> Iterator[tuple[str, dict]]:
         yield "narrow offset", {"N": 2, "offset": offset, "device": "cpu"}
     for vector_offset in (0, 1, 2, 4):  # of labels, outputs, upstream gradients: a part of a larger vector, say
         yield "offset of row vectors", {"N": 5, "vector_offset": vector_offset, "device": "cpu"}
+    for cap in (1.0, 16.0, 30.0, 50.0):
+        yield "softcap", {"softcaps": (cap, 30.0)}
+        yield "softcap without reference", {"softcaps": (30.0, cap), "ref_dtype": None}
+    yield "softcap without reference", {"softcaps": (30.0, None), "ref_dtype": None}
     yield "extras", {"extras": EXTRAS}
     yield "logp alone", {"with_kl": False}
 
@@ -80,7 +84,7 @@ def observe() -> dict[str, dict[str, list]]:
 
     def launch(
         group, N=6, V=1024, dtype=bf16, ref_dtype=bf16, pitch=0, outer=1, offset=0, vector_offset=0, device="meta", extras=(),
-        with_kl=True, temperature=1.0, ignore_index=-100,
+        with_kl=True, temperature=1.0, ignore_index=-100, softcaps=(None, None),
     ):  # fmt: skip
         def record(kernel, programs, **args):
             bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -101,7 +105,7 @@ def observe() -> dict[str, dict[str, list]]:
 
         kernels._launch, kernels.empty = record, vector
         policy, ref, labels = logits(dtype), logits(ref_dtype) if ref_dtype else None, vector(outer * N, dtype=torch.int64)
-        common = {"V": V, "ignore_index": ignore_index, "temperature": temperature}
+        common = {"V": V, "ignore_index": ignore_index, "temperature": temperature, "softcaps": softcaps}
         _, saved = kernels.token_stats_fwd(policy, ref, labels, extras=extras, **common)
         g_logp, g_kl = vector(outer * N), vector(outer * N) if with_kl and ref_dtype else None
         kernels.token_stats_bwd(policy, ref, labels, saved, g_logp, g_kl, policy, **common)
@@ -163,7 +167,11 @@ def test_variants_of_a_dtype_pair(pair, observed):
 
 def test_other_dtypes_and_options_do_compile_again(observed):
     # Else the counter counts nothing.
-    for step, others in (("fold", ("extras",)), ("finish", ("extras",)), ("bwd", ("logp alone",))):
+    for step, others in (
+        ("fold", ("extras", "softcap")),
+        ("finish", ("extras", "softcap")),
+        ("bwd", ("logp alone", "softcap")),
+    ):
         for other in (*others, *(pair for pair in PAIRS if pair != "bf16")):
             assert not [key for key in observed[other][step] if key in observed["bf16"][step]], (step, other)
 

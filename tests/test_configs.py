@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_tdpo import token_stats
 from fused_tdpo._backends import BACKENDS, choose_backend
-from fused_tdpo.functions import row_views
+from fused_tdpo.functions.token_stats import row_views
 
 fp64, fp32, fp16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 

@@ -244,8 +244,9 @@ def test_error_tables_are_up_to_date(name: str, line: int, problem: accuracy_tab
     for contender in contenders:
         old, new = written.errors[contender], measured.errors[contender]
         assert old is not None and new is not None
-        assert abs(log10(max(old[0], 1e-6)) - log10(max(new[0], 1e-6))) <= 1, (contender, old, new)
         ours = contender in ("torch", "triton")
+        orders = 1 if ours else 2  # what is left of theirs is the rounding of long sums, which a CPU's vector width reorders
+        assert abs(log10(max(old[0], 1e-6)) - log10(max(new[0], 1e-6))) <= orders, (contender, old, new)
         if name == "kl-errors" and ours:
             assert max(old[0], new[0]) <= TINY_KL_RELATIVE and old[1] == new[1] == 0
         if name == "kl-errors" and not ours and measured.kl < 1e-7:

@@ -53,12 +53,15 @@ class Placement:
         return storage.as_strided((outer, inner, width), (outer_pitch, pitch, 1), self.offset)
 
 
-def launch_both(policy: Tensor, ref: Tensor | None, V: int, d_policy: Tensor | None = None, with_kl: bool = True) -> None:
+def launch_both(
+    policy: Tensor, ref: Tensor | None, V: int, d_policy: Tensor | None = None, with_kl: bool = True, **options: Any
+) -> None:
     N = policy.shape[0] * policy.shape[1]
     labels, g = torch.zeros(N, dtype=torch.int64), torch.zeros(N)
-    _, saved = kernels.token_stats_fwd(policy, ref, labels, V=V, extras=(), **OPTIONS)
+    options = {"V": V, **OPTIONS, **options}
+    _, saved = kernels.token_stats_fwd(policy, ref, labels, extras=(), **options)
     g_kl = g if with_kl and ref is not None else None
-    kernels.token_stats_bwd(policy, ref, labels, saved, g, g_kl, policy if d_policy is None else d_policy, V=V, **OPTIONS)
+    kernels.token_stats_bwd(policy, ref, labels, saved, g, g_kl, policy if d_policy is None else d_policy, **options)
 
 
 def check_promises(launch: Launch) -> bool | None:
@@ -91,7 +94,7 @@ def check_promises(launch: Launch) -> bool | None:
     if not args["WIDE"]:
         assert E == 1, "elements of a group are addressed at once, though nothing is aligned"
         return False
-    assert max(tensor.element_size() for tensor in (args["policy_ptr"], args["ref_ptr"]) if tensor is not None) * E == 16
+    assert max(tensor.element_size() for tensor in logits.values()) * E == 16
     for name, tensor in logits.items():
         size = tensor.element_size()
         for o in range(outer):
@@ -114,9 +117,10 @@ def test_promises_hold(aligned, launches):
     st = hypothesis.strategies
     any_number = st.one_of(st.just(0), st.integers(0, 40), st.sampled_from([4, 8, 16, 24, 32]))
     groups = st.sampled_from([0, 0, 8, 64])
+    dtypes = st.sampled_from([fp32, fp16, bf16])
     placements = st.builds(
         Placement,
-        dtype=st.sampled_from([fp32, fp16, bf16]),
+        dtype=dtypes,
         offset=groups if aligned else any_number,
         pitch_padding=st.just(0) if aligned else any_number,
         pitch_multiple=st.just(8 if aligned else 1),
@@ -135,7 +139,7 @@ def test_promises_hold(aligned, launches):
         ref = data.draw(st.one_of(st.none(), placements), label="ref")
         ref = None if ref is None else ref.make(outer, inner, V)
         in_place, with_kl = data.draw(st.booleans(), label="in place"), data.draw(st.booleans(), label="with kl")
-        d_policy = policy if in_place else torch.empty(policy.shape, dtype=policy.dtype)
+        d_policy = policy if in_place else torch.empty(policy.shape, dtype=data.draw(dtypes, label="gradient"))
         launches.clear()
         launch_both(policy, ref, V, d_policy, with_kl)
         kinds.update((launch[0], check_promises(launch)) for launch in launches)
@@ -148,10 +152,10 @@ def test_promises_hold(aligned, launches):
 def test_promises_hold_for_views_of_the_op(launches, monkeypatch):
     """Slices and permutations of up to four leading axes, as the op hands them on."""
     hypothesis = pytest.importorskip("hypothesis")
-    from fused_tdpo import functions
+    from fused_tdpo.functions import token_stats as functions
 
     st = hypothesis.strategies
-    monkeypatch.setattr(functions, "_backend", lambda name, device: kernels)  # CPU tensors are not refused: nothing runs
+    monkeypatch.setattr(functions, "load_backend", lambda name, device: kernels)  # CPU tensors are not refused: nothing runs
     wide = Counter()
 
     @hypothesis.given(st.data())
@@ -232,6 +236,51 @@ def test_a_broken_promise_stops_the_launch(dtype, launches, monkeypatch):
         with pytest.raises(AssertionError, match="promised"):
             launch()
         assert not launches
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d_dtype", "V", "E", "registers"),
+    [
+        pytest.param(fp32, bf16, 64, 4, 48, id="narrower"),
+        pytest.param(bf16, fp32, 64, 4, 128, id="wider"),
+        pytest.param(bf16, fp16, 64, 8, 40, id="as-wide"),
+        pytest.param(fp32, bf16, 68, 1, 80, id="pitch-of-half-a-group"),  # of the gradient; a whole one of the logits
+    ],
+)
+def test_gradient_of_another_dtype(dtype, d_dtype, V, E, registers, launches):
+    """The widest dtype decides how many columns a thread has side by side: 16 bytes of it."""
+    policy, d_policy = (torch.empty(2, 2, V, dtype=t) for t in (dtype, d_dtype))
+    launch_both(policy, None, V, d_policy)
+    backward = launches[-1]
+    assert check_promises(backward) is (E > 1)
+    assert (backward[2]["E"], backward[2]["maxnreg"]) == (E, registers)
+
+
+# ------------------------------------------------------------------------------------------------------------------ softcaps
+
+
+@pytest.mark.parametrize("with_kl", [True, False], ids=["kl", "logp-alone"])
+@pytest.mark.parametrize("ref", [True, False], ids=["reference", "no-reference"])
+def test_softcaps_of_the_logits_that_are_read(ref, with_kl, launches):
+    policy = torch.empty(1, 2, 64, dtype=bf16)
+    launch_both(policy, policy if ref else None, 64, with_kl=with_kl, softcaps=(30.0, 50.0))
+    caps = {kernel: (args["policy_cap"], args["ref_cap"]) for kernel, _, args in launches}
+    forward = (30.0, 50.0 if ref else None)
+    backward = (30.0, 50.0 if ref and with_kl else None)
+    assert caps == dict(zip(caps, (forward, forward, backward), strict=True))
+
+
+@pytest.mark.parametrize("softcaps", [(None, None), (30.0, None), (None, 30.0), (30.0, 30.0)], ids=str)
+def test_registers_grow_only_for_a_softcap(softcaps, launches):
+    policy = torch.empty(1, 2, 64, dtype=bf16)
+    launch_both(policy, policy, 64, softcaps=softcaps)
+    fold, _, backward = (args["maxnreg"] for _, _, args in launches)
+    assert (fold, backward) == ((128, 128) if any(softcaps) else (80, 40))
+
+    launches.clear()
+    launch_both(policy, None, 64, softcaps=softcaps)
+    fold, _, backward = (args["maxnreg"] for _, _, args in launches)
+    assert (fold, backward) == ((128, 128) if softcaps[0] else (80, 40)), "the cap of no reference took registers"
 
 
 # ---------------------------------------------------------------------------------------------------------------- the grid

@@ -313,12 +313,13 @@ def test_output(backend: str, dtype: torch.dtype, make: type) -> None:
     assert isinstance(out, PreferenceOutput)
     assert out._fields == (
         "loss", "losses", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps", "chosen_kl", "rejected_kl",
-        "metrics",
+        "metrics", "engine",
     )  # fmt: skip
+    assert out.engine is None
     computed = torch.promote_types(dtype, torch.float32)
     assert out.loss.shape == ()
     assert out.loss.requires_grad
-    for name in out._fields[:-1]:
+    for name in out._fields[:-2]:
         field = getattr(out, name)
         assert field.dtype == computed, name
         if name != "loss":

@@ -45,7 +45,7 @@ def run(loss: torch.nn.Module, batch: Batch, **keywords: Any) -> tuple[Preferenc
 
 def assert_same(out: PreferenceOutput, expected: PreferenceOutput, tolerance: dict[str, float] = EXACT) -> None:
     """All fields and metrics agree."""
-    for name in PreferenceOutput._fields[:-1]:
+    for name in PreferenceOutput._fields[:-2]:
         a, e = getattr(out, name), getattr(expected, name)
         assert (a is None) == (e is None), name
         if a is not None:
@@ -284,7 +284,7 @@ def test_pairs_are_independent(backend: str, family: str) -> None:
     order = [2, 0, 3, 1]
     parts = [run(loss, pairs_of(batch, [p]))[0] for p in range(P)]
     permuted, _ = run(loss, pairs_of(batch, order))
-    for name in PreferenceOutput._fields[1:-1]:
+    for name in PreferenceOutput._fields[1:-2]:
         torch.testing.assert_close(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name), **EXACT)
         torch.testing.assert_close(getattr(permuted, name), getattr(whole, name)[order], **EXACT)
 

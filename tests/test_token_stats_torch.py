@@ -8,15 +8,17 @@ from contract_token_stats import (
     Backend,
     Float64Contract,
     FusedTokenStatsContract,
+    Outcome,
     RefusesBadLabels,
     assert_same_outcome,
     bf16,
     check,
     fp32,
     make_case,
+    noise,
     run,
 )
-from fused_tdpo import token_stats
+from fused_tdpo import TokenStats, token_stats
 
 
 class TestTorch(FusedTokenStatsContract, Float64Contract, RefusesBadLabels):
@@ -32,16 +34,29 @@ def test_auto_computes_the_same_thing(dtype):
 
 
 def test_the_number_of_threads_changes_nothing():
-    # Rows are shared out between threads by their number; a row's bits must not tell.
-    case = make_case("cpu", (64,), 1031, dtype=bf16, extras=EXTRAS)
+    # Rows are shared out between threads by their number, and a single wide one would be cut; a row's bits must not tell.
     backend, before = Backend("torch"), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = run(backend, case)
-        torch.set_num_threads(2)
-        assert_same_outcome("two threads", run(backend, case), alone)
-    finally:
-        torch.set_num_threads(before)
+    for lead, V in (((64,), 1031), ((1,), 40_001)):
+        case = make_case("cpu", lead, V, dtype=bf16, extras=EXTRAS)
+        try:
+            torch.set_num_threads(1)
+            alone = run(backend, case)
+            torch.set_num_threads(2)
+            assert_same_outcome(f"two threads, {lead[0]} rows", run(backend, case), alone)
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_a_wide_row_does_not_see_its_neighbours():
+    # Three rows a chunk: what is left out where no row of a chunk needs it changes no bit of the others.
+    case = make_case("cpu", (7,), 151_936, extras=EXTRAS, ignore_every=99)
+    distance = torch.tensor([3.0, 0.3, 0.0, 0.01, 0.0, 1e-4, 3.0])[:, None]
+    case = case.with_(policy=case.ref + distance * noise(7, 151_936, seed=9))
+    backend = Backend("torch")
+    whole = run(backend, case)
+    for i in range(7):
+        stats = TokenStats(*(getattr(whole.stats, name)[i : i + 1] for name in TokenStats._fields))
+        assert_same_outcome(f"row {i}", run(backend, case.rows(slice(i, i + 1))), Outcome(stats, whole.grad[i : i + 1]))
 
 
 @pytest.mark.slow

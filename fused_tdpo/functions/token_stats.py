@@ -1,34 +1,17 @@
-"""Autograd around the kernels: `torch.library` ops, which compilers can trace, and the Function that differentiates them.
+"""Autograd around `token_stats`: `torch.library` ops, which compilers can trace, and the Function that differentiates them.
 
 The ops take logits of any leading shape and strides. A backend is a module with `token_stats_fwd`, `token_stats_bwd`, `empty`.
 """
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from fused_tdpo._backends import load_backend
 from fused_tdpo._checks import check_labels_in_range
-
-_BACKEND_MODULES = {"triton": "fused_tdpo.kernels.token_stats", "torch": "fused_tdpo._torch_backend"}
 
 # names of the outputs of token_stats_fwd, in order, before the extras
 POLICY_STATS = ("logp",)
 PAIR_STATS = ("logp", "ref_logp", "kl")
-
-
-def _backend(name: str, device: torch.device) -> ModuleType:
-    module = importlib.import_module(_BACKEND_MODULES[name])
-    if name == "triton" and device.type == "cpu":
-        from triton import knobs
-
-        if not knobs.runtime.interpret:
-            raise ValueError(
-                "backend='triton' needs GPU tensors, or Triton's interpreter for CPU tensors (set TRITON_INTERPRET=1 before "
-                "triton is first imported); got CPU tensors. Use backend='torch', or 'auto'."
-            )
-    return module
 
 
 def row_views(*tensors: Tensor | None) -> list[list[Tensor | None]]:
@@ -88,7 +71,7 @@ def token_stats_fwd(
     """logp, with a reference ref_logp and kl, the extras (comma-separated names), of labels' shape; then `saved` (4, N)."""
     if check_labels:
         check_labels_in_range(labels, V, ignore_index)
-    module = _backend(backend, policy.device)
+    module = load_backend(backend, policy.device)
     names = tuple(extras.split(",")) if extras else ()
     flat = labels.to(torch.int64).contiguous().flatten()
     views = row_views(policy, ref)
@@ -135,7 +118,7 @@ def _write_gradient(
     backend: str,
     d_policy: Tensor,
 ) -> None:
-    module = _backend(backend, policy.device)
+    module = load_backend(backend, policy.device)
     flat = labels.to(torch.int64).contiguous().flatten()
     upstream = [None if g is None else g.to(saved.dtype).contiguous().flatten() for g in (g_logp, g_kl)]
     views = row_views(policy, ref, d_policy)
@@ -150,7 +133,7 @@ def _write_gradient(
 @torch.library.custom_op("fused_tdpo::token_stats_bwd", mutates_args=(), schema=f"(Tensor policy, {_BWD_ARGUMENTS}) -> Tensor")
 def token_stats_bwd(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend):  # type: ignore[no-untyped-def]
     """The gradient of the policy logits, in a fresh contiguous tensor; `saved` is the last output of `token_stats_fwd`."""
-    d_policy = _backend(backend, policy.device).empty(policy.shape, dtype=policy.dtype, device=policy.device)
+    d_policy = load_backend(backend, policy.device).empty(policy.shape, dtype=policy.dtype, device=policy.device)
     _write_gradient(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend, d_policy)
     return d_policy
 

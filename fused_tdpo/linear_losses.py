@@ -1,0 +1,227 @@
+"""TDPO and DPO from hidden states: the losses of `fused_tdpo.losses`, where logits exist for one chunk of rows at a time.
+
+    hidden states, heads ──one_pass──▶ losses (P,)                            4 units, 3 with a frozen head, 2 without gradients
+    hidden states, heads ──linear_token_stats──▶ per token ──▶ losses (P,)    6 units, 4 with a frozen head: "recompute"
+
+A unit is a product of N rows × V × D. `fused_tdpo.functions.one_pass` tells how; here a loss is taken apart for it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fused_tdpo._backends import choose_backend
+from fused_tdpo._checks import check_chunks
+from fused_tdpo._chunks import as_counts, host_counts
+from fused_tdpo._layout import SequenceLayout
+from fused_tdpo._projection import wide
+from fused_tdpo.functions.one_pass import Job, Objective, OnePassFunction, Sums, upload
+from fused_tdpo.heads import LMHead
+from fused_tdpo.losses import PAIR_FORMS, DPOLoss, PreferenceLoss, TDPOLoss
+from fused_tdpo.ops import LinearInputs, linear_inputs, linear_options, linear_stats
+from fused_tdpo.types import Engine, PreferenceOutput
+
+ENGINES = ("auto", "one_pass", "recompute")
+
+
+def choose_engine(engine: str, backend: str, trained: bool, differentiable: bool) -> Engine:
+    """The engine that `engine` means, and why. `"auto"` picks; a name is that one, or an error.
+
+    Args:
+        engine: one of `ENGINES`. backend: the backend that was chosen. trained: whether the head gets a gradient.
+        differentiable: whether anything does.
+
+    Raises:
+        ValueError: an unknown name, or an engine that cannot do it.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}; got {engine!r}")
+    if backend == "reference":
+        if engine == "one_pass":
+            raise ValueError(
+                "engine='one_pass' needs a backend that forms gradients itself, and backend='reference' leaves them to "
+                "autograd: use backend='torch', 'triton' or 'auto', or engine='auto'"
+            )
+        return Engine("recompute", "backend='reference' is the specification, with whole logits and gradients by autograd")
+    if engine == "recompute":
+        units = "2 + 4" if trained else "2 + up to 2, with a frozen head," if differentiable else "2, without gradients,"
+        return Engine("recompute", f"asked for: {units} products of N x V x D")
+    units = "4" if trained else "3, with a frozen head," if differentiable else "2, without gradients,"
+    asked = "asked for" if engine == "one_pass" else "a pair's loss depends on sums over its own two sequences alone"
+    return Engine("one_pass", f"{asked}: {units} products of N x V x D")
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class LinearPreferenceLoss(PreferenceLoss):
+    """What LinearTDPOLoss and LinearDPOLoss add to TDPOLoss and DPOLoss: the way from hidden states to a PreferenceOutput."""
+
+    engine: Literal["auto", "one_pass", "recompute"] = "auto"
+    """One pass makes logits once, recompute a second time in backward; auto picks, and the output says which, and why."""
+    max_chunk_bytes: int | None = None
+    """Bound on all logit-sized buffers of both models, as in `linear_token_stats`."""
+    logits_dtype: torch.dtype | None = None
+    """torch.float32 keeps a chunk's logits in float32, as in `linear_token_stats`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_chunks(self.max_chunk_bytes, self.logits_dtype)
+        choose_engine(self.engine, self.backend, trained=True, differentiable=True)
+
+    def forward(  # type: ignore[override]
+        self,
+        policy_hidden: Tensor,
+        policy_head: Tensor | LMHead,
+        ref_hidden: Tensor | None,
+        ref_head: Tensor | LMHead | None,
+        labels: Tensor,
+        *,
+        token_weights: Tensor | None = None,
+        kl_weights: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        num_pairs: float | Tensor | None = None,
+        valid_rows: Sequence[int] | Tensor | None = None,
+        ref_logps: Tensor | None = None,
+    ) -> PreferenceOutput:
+        """Loss of P pairs from the hidden states of S = 2P sequences. Shifts the labels, not the hidden states.
+
+        Args:
+            policy_hidden: (S, T, D), or packed (total, D) with `cu_seqlens`: the backbone's last hidden states.
+            policy_head: its head, a weight (V, D) or an `LMHead`. Hidden states, weight and bias get a gradient where they
+                require one.
+            ref_hidden, ref_head: the same of the reference, without gradients; D and dtype may differ. With adapters on one
+                model pass the policy's own head: one product a chunk then serves both. None for DPO with `ref_logps`.
+            labels: (S, T), or (total,); the model's ordinary, unshifted labels, `ignore_index` on prompt and padding.
+            token_weights, kl_weights, cu_seqlens, num_pairs, ref_logps: as in the losses from logits.
+            valid_rows: (S,) how many labels of each sequence, the first left out, are not `ignore_index`; on the host. Without
+                it they are counted, which is the one synchronisation. Wrong numbers raise on a CPU, and give NaN on a GPU.
+
+        Returns:
+            `PreferenceOutput`, of which only `loss` is differentiable; `engine` says how it was computed.
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit together; nothing has been computed then.
+        """
+        inputs = linear_inputs(policy_hidden, policy_head, ref_hidden, ref_head, labels, self.vocab_size)
+        layout = self._layout(labels, cu_seqlens, token_weights, kl_weights, ref_logps, num_pairs)
+        self._check_reference("ref_hidden", ref_hidden, kl_weights, ref_logps)
+        backend, _ = choose_backend(self.backend, labels.device.type, (inputs.dtype, inputs.ref_dtype or inputs.dtype))
+        recorded = torch.is_grad_enabled()
+        trained = recorded and any(t is not None and t.requires_grad for t in (inputs.policy.weight, inputs.policy.bias))
+        differentiable = trained or (recorded and policy_hidden.requires_grad)
+        engine = choose_engine(self.engine, backend, trained, differentiable)
+        labels = layout.shift(labels, self.ignore_index)
+        counts = layout.sum((labels != self.ignore_index).to(wide(inputs.dtype)))
+        lengths = wrong = None
+        if valid_rows is not None:
+            lengths = as_counts(valid_rows, layout.num_sequences)
+            wrong = (counts != upload(lengths, labels.device)).any()
+            if labels.device.type == "cpu" and wrong:
+                expected = counts.long().tolist()
+                raise ValueError(
+                    f"valid_rows must be the numbers of labels that count in each sequence, {expected}; got {lengths}"
+                )
+        options: dict[str, Any] = {
+            "ignore_index": self.ignore_index,
+            "temperature": self.temperature,
+            "check_labels": self.check_labels,
+            "backend": backend,
+            "max_chunk_bytes": self.max_chunk_bytes,
+            "logits_dtype": self.logits_dtype,
+        }
+        if engine.name == "one_pass":
+            # It holds a callable, which no graph can: dynamo must not look inside.
+            one_pass = torch.compiler.disable(self._one_pass) if torch.compiler.is_compiling() else self._one_pass
+            out = one_pass(
+                policy_hidden, ref_hidden, labels, inputs, layout, counts, (token_weights, kl_weights), lengths, ref_logps,
+                num_pairs, options,
+            )  # fmt: skip
+        else:
+            stats = linear_stats(
+                policy_hidden, ref_hidden, labels, inputs, valid_rows=None if lengths is None else sum(lengths),
+                kl_gradient=any(self.kl_slopes()), **options,
+            )  # fmt: skip
+            sums = self._sums(stats, labels, layout, token_weights, kl_weights, ref_logps)
+            out = self._output(sums, self.pair_losses(*sums.split(self.interleaved)), num_pairs)
+        if wrong is not None:
+            out = out._replace(loss=out.loss * torch.where(wrong, float("nan"), 1.0))
+        return out._replace(engine=engine)
+
+    def _one_pass(
+        self,
+        policy_hidden: Tensor,
+        ref_hidden: Tensor | None,
+        labels: Tensor,
+        inputs: LinearInputs,
+        layout: SequenceLayout,
+        counts: Tensor,
+        weights: tuple[Tensor | None, Tensor | None],
+        lengths: list[int] | None,
+        ref_logps: Tensor | None,
+        num_pairs: float | Tensor | None,
+        options: dict[str, Any],
+    ) -> PreferenceOutput:
+        """Takes the loss apart for the engine, and puts its sums together. `labels` are shifted, `counts` those that count in
+        each sequence, `lengths` the same on the host; everything else as it came."""
+        policy, ref = inputs.policy, inputs.ref
+        counted = labels != self.ignore_index
+        static = linear_options(policy_hidden, inputs, both=False, **options)
+        known = host_counts(counts.long()) if lengths is None else lengths
+        P = len(known) // 2
+        chosen, rejected = (range(0, 2 * P, 2), range(1, 2 * P, 2)) if self.interleaved else (range(P), range(P, 2 * P))
+        sequences = list(zip(chosen, rejected, strict=True))
+        ratios = [1.0] * P
+        form = PAIR_FORMS[self.loss_type]
+        if form.by_length or self.average_log_prob:
+            ratios = [max(known[w], 1) / max(known[other], 1) for w, other in sequences]
+
+        def by_pair(values: Tensor) -> Tensor:  # (S,) -> (2, P)
+            return values.view(-1, 2).t() if self.interleaved else values.view(2, -1)
+
+        num_tokens, pair_ref_logps = by_pair(counts), None if ref_logps is None else by_pair(ref_logps)
+
+        def losses(sums: Sums, pairs: Tensor) -> Tensor:
+            both = self._sequence_sums(
+                *sums, num_tokens[:, pairs], None if pair_ref_logps is None else pair_ref_logps[:, pairs]
+            )
+            return self.pair_losses(both.map(lambda values: values[0]), both.map(lambda values: values[1]))
+
+        job = Job(
+            ref=(None, None, None)
+            if ref is None or ref_hidden is None
+            else (ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref.weight, ref.bias),
+            labels=labels.flatten(),
+            sequence_ids=layout.sequence_ids(labels).flatten(),
+            sequences=sequences,
+            lengths=known,
+            objective=Objective(losses, form.kind, self.kl_slopes(), ratios),
+            options=static,
+            check_labels=options["check_labels"] or (labels.device.type == "cpu" and static.backend != "triton"),
+            grad_mode=torch.is_grad_enabled(),
+        )
+        w, v = (None if t is None else self._row_weights(t, counted, layout, counts.dtype).flatten() for t in weights)
+        hidden = policy_hidden.reshape(-1, policy_hidden.shape[-1])
+        loss, pair_losses, log_ratio, kl, logp = OnePassFunction.apply(hidden, policy.weight, policy.bias, w, v, job)
+        return self._output(self._sequence_sums(log_ratio, kl, logp, counts, ref_logps), pair_losses, num_pairs, loss)
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class LinearTDPOLoss(LinearPreferenceLoss, TDPOLoss):
+    """`TDPOLoss` from hidden states: no logits ever, but for one chunk of rows.
+
+        loss = LinearTDPOLoss(beta=0.1, alpha=0.5)
+        out = loss(policy_hidden, policy_head, ref_hidden, ref_head, labels)     # (S, T, D) (V, D) (S, T, D) (V, D) (S, T)
+        out.loss.backward()
+
+    Options are those of `TDPOLoss` and of `LinearPreferenceLoss`. Do not checkpoint it: it keeps no logits to begin with.
+    """
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class LinearDPOLoss(LinearPreferenceLoss, DPOLoss):
+    """`DPOLoss` from hidden states; without a reference, call `loss(hidden, head, None, None, labels, ref_logps=...)`.
+
+    Options are those of `DPOLoss` and of `LinearPreferenceLoss`.
+    """

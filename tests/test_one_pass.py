@@ -1,0 +1,629 @@
+"""The one-pass engine, handed objectives of every form: exact gradients, matrix products counted, memory, misdeclarations.
+
+What the losses make of it is in test_linear_losses.py. Objectives here are functions of the sums of a pair that no loss of the
+package has, so that each form is met, also those that only later losses need. float64: nothing hides in rounding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from allocations import counted_allocations
+from fused_tdpo import DPOLoss, LinearDPOLoss, LinearTDPOLoss, LMHead, TDPOLoss, _chunks, linear_token_stats
+from fused_tdpo._chunks import plan_pairs, split
+from fused_tdpo._projection import row_bytes
+from fused_tdpo.functions.linear_token_stats import LinearOptions
+from fused_tdpo.functions.one_pass import Job, Objective, OnePassFunction, Sums
+from fused_tdpo.losses import PAIR_FORMS, PAIR_LOSSES, SequenceSums
+from fused_tdpo.reference import token_stats_reference
+from products import counted_products
+from tolerances import assert_exactly_zero, assert_same_bits, assert_within_budget
+
+IGNORE = -100
+fp64 = torch.float64
+
+
+def assert_equal(what: str, got: Tensor | None, expected: Tensor | None) -> None:
+    """float64 against float64: only the order of summation may differ."""
+    if got is None or expected is None:
+        assert expected is None or not expected.any(), f"{what} is missing"
+        assert got is None or not got.any(), f"{what} should not be there"
+        return
+    slack = torch.full_like(expected, 1e-12 * (1e-3 + float(expected.detach().abs().max())) if expected.numel() else 0.0)
+    assert_within_budget(what, got, expected, expected, slack.detach())
+
+
+# ----------------------------------------------------------------------------------------------------------------------- plan
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 10, 11, 100])
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (5, 5), (0, 1), (3, 10), (0, 10), (2, 102)])
+def test_split(start: int, stop: int, rows: int):
+    pieces = split(start, stop, rows)
+    assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(start, stop))
+    lengths = [piece.stop - piece.start for piece in pieces]
+    assert all(0 < length <= rows for length in lengths)
+    assert len(pieces) == -(-(stop - start) // rows), "more pieces than it takes"
+    assert not lengths or max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_plan(seed: int):
+    gen = torch.Generator().manual_seed(seed)
+    P, rows = int(torch.randint(1, 30, (), generator=gen)), int(torch.randint(1, 40, (), generator=gen))
+    lengths = [tuple(pair) for pair in torch.randint(0, 25, (P, 2), generator=gen).tolist()]
+    plan = plan_pairs(lengths, rows)
+    assert sorted(plan.pairs) == list(range(P))
+    pair, row = 0, 0
+    for group in plan.groups:
+        members = [lengths[p] for p in plan.pairs[group.pairs]]
+        assert (group.pairs.start, group.rows.start) == (pair, row), "groups follow one another"
+        assert members
+        assert group.rows.stop - group.rows.start == sum(map(sum, members))
+        assert group.is_long == (group.rows.stop - group.rows.start > rows)
+        assert not group.is_long or len(members) == 1
+        pair, row = group.pairs.stop, group.rows.stop
+    assert pair == P
+    assert sorted(plan.groups, key=lambda group: not group.is_long) == plan.groups, "long ones first: the first needs no buffer"
+    full = [group.rows.stop - group.rows.start for group in plan.groups if not group.is_long]
+    assert sum(size <= rows // 2 for size in full) <= 1, "two half-empty groups are one"
+
+
+def test_budget():
+    """At least a row; as many as fit; defaults by what is done with them."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert row_bytes(32_000, bf16, bf16, None) == 2 * 32_000 * 2
+    assert row_bytes(32_000, bf16, None, None) == 32_000 * 2
+    assert row_bytes(32_000, bf16, bf16, fp32) == 32_000 * (4 + 4 + 2), "a gradient that cannot be written over the logits"
+    assert row_bytes(32_000, bf16, fp32, None) == 32_000 * (2 + 4)
+    assert row_bytes(32_000, bf16, fp32, None, both=True) == 32_000 * (2 + 4 + 2)
+    assert row_bytes(32_001, bf16, bf16, None) == 2 * 32_008 * 2, "rows start on 16-byte boundaries"
+    assert _chunks.rows_per_chunk(1000, 64, True, 999) == 1
+    assert _chunks.rows_per_chunk(1000, 64, True, 5999) == 5
+    assert _chunks.rows_per_chunk(1000, 4096, True, None) == 4096
+    assert _chunks.rows_per_chunk(1000, 896, True, None) == 2048
+    assert _chunks.rows_per_chunk(1000, 4096, False, None) == 1024
+
+
+# ----------------------------------------------------------------------------------------------------------------- objectives
+
+
+def margin(sums: Sums, pairs: Tensor) -> Tensor:
+    """TDPO2's gradient pattern, with a ratio of its own for each pair."""
+    r_w, r_l = sums.log_ratio[0] + 0.7 * sums.kl[0].detach(), sums.log_ratio[1] + 0.7 * sums.kl[1]
+    return F.softplus(0.3 - 0.2 * (r_w - (1 + pairs) * r_l)) * (1 + pairs)
+
+
+def sequence(sums: Sums, pairs: Tensor) -> Tensor:
+    r = sums.log_ratio + sums.kl
+    return F.softplus(-0.3 * r[0]) + torch.tanh(0.1 * r[1]) * (1 + pairs)
+
+
+def pair(sums: Sums, pairs: Tensor) -> Tensor:
+    r = sums.log_ratio + 0.5 * sums.kl
+    return torch.cos(0.2 * r[0]) * torch.sin(0.1 * r[1] + pairs) + 0.01 * (r[0] - r[1]) ** 2
+
+
+def without_kl(sums: Sums, pairs: Tensor) -> Tensor:
+    return -F.logsigmoid(0.2 * (sums.log_ratio[0] - sums.log_ratio[1]))
+
+
+def sft(sums: Sums, pairs: Tensor) -> Tensor:
+    """Needs no reference."""
+    return -sums.log_ratio[0] / 7 + 0.1 * F.softplus(sums.log_ratio[1])
+
+
+P = 8
+OBJECTIVES = {
+    "margin": Objective(margin, "margin", (0.0, 0.7), [1.0 + p for p in range(P)]),
+    "sequence": Objective(sequence, "sequence", (1.0, 1.0), []),
+    "pair": Objective(pair, "pair", (0.5, 0.5), []),
+    "without-kl": Objective(without_kl, "margin", (0.0, 0.0), [1.0] * P),
+}
+
+LAYOUTS = {  # counted rows of (chosen, rejected) of each pair
+    "uneven": [(5, 2), (9, 1), (3, 7), (4, 6)],
+    "one pair": [(11, 6)],
+    "an empty side": [(0, 6), (9, 0), (0, 0), (2, 3)],
+    "equal": [(3, 3)] * 5,
+    "nothing": [(0, 0), (0, 0)],
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of the engine: rows of all sequences, chosen ones first, with ignored rows in between."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    ref: tuple[Tensor | None, Tensor | None, Tensor | None]
+    labels: Tensor
+    ids: Tensor
+    lengths: list[int]
+    w: Tensor
+    v: Tensor
+
+    @property
+    def sequences(self) -> list[tuple[int, int]]:
+        half = len(self.lengths) // 2
+        return [(p, half + p) for p in range(half)]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """N, V, D."""
+        return sum(self.lengths), *self.weight.shape
+
+    def inputs(self, needs: tuple[bool, ...]) -> list[Tensor | None]:
+        """Fresh leaves of hidden, weight, bias, w, v."""
+        leaves = (self.hidden, self.weight, self.bias, self.w, self.v)
+        return [None if t is None else t.detach().clone().requires_grad_(need) for t, need in zip(leaves, needs, strict=True)]
+
+
+def make_problem(
+    layout: list[tuple[int, int]], *, V: int = 19, D: int = 6, D_ref: int = 5, ref: bool = True, seed: int = 0
+) -> Problem:
+    gen = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen, dtype=fp64)
+
+    lengths = [w for w, _ in layout] + [rejected for _, rejected in layout]
+    labels, ids = [], []
+    for s, n in enumerate(lengths):
+        row = torch.full((n + 2,), IGNORE)
+        row[torch.randperm(n + 2, generator=gen)[:n]] = torch.randint(V, (n,), generator=gen)
+        labels.append(row)
+        ids.append(torch.full((n + 2,), s))
+    y = torch.cat(labels)
+    hidden = normal(len(y), D)
+    hidden[y == IGNORE] = float("nan")  # not to be read
+    reference = (normal(len(y), D_ref), normal(V, D_ref), normal(V)) if ref else (None, None, None)
+    return Problem(hidden, normal(V, D), normal(V), reference, y, torch.cat(ids), lengths, normal(len(y)), normal(len(y)))
+
+
+def options(problem: Problem, rows: int, **changes: Any) -> LinearOptions:
+    found = LinearOptions(
+        scale=1.0, softcap=0.0, ref_scale=1.0, ref_softcap=0.0, V=len(problem.weight), ignore_index=IGNORE, temperature=1.0,
+        dtype=fp64, ref_dtype=fp64, logits_dtype=None, rows=rows, backend="torch",
+    )  # fmt: skip
+    return found._replace(**changes)
+
+
+def engine(
+    problem: Problem, objective: Objective, rows: int, inputs: list[Tensor | None], **changes: Any
+) -> tuple[Tensor | None, ...]:
+    job = Job(
+        ref=problem.ref, labels=problem.labels, sequence_ids=problem.ids, sequences=problem.sequences, lengths=problem.lengths,
+        objective=objective, options=options(problem, rows, **changes), check_labels=True, grad_mode=torch.is_grad_enabled(),
+    )  # fmt: skip
+    return OnePassFunction.apply(*inputs, job)
+
+
+def naive(problem: Problem, objective: Objective, inputs: list[Tensor | None]) -> tuple[Tensor, Sums]:
+    """(losses (P,), sums) by autograd through whole logits."""
+    hidden, weight, bias, w, v = inputs
+    keep = problem.labels != IGNORE
+    x = hidden[keep] @ weight.t() + (0 if bias is None else bias)
+    z = None if problem.ref[0] is None else problem.ref[0][keep] @ problem.ref[1].t() + problem.ref[2]
+    stats = token_stats_reference(x, z, problem.labels[keep])
+    ids, S = problem.ids[keep], len(problem.lengths)
+
+    def total(values: Tensor, weights: Tensor | None = None) -> Tensor:
+        values = values if weights is None else values * weights[keep]
+        return torch.zeros(S, dtype=fp64).index_add(0, ids, values).view(2, -1)
+
+    ratio = stats.logp if z is None else stats.logp - stats.ref_logp
+    sums = Sums(total(ratio, w), None if z is None else total(stats.kl, v), total(stats.logp))
+    return objective.losses(sums, torch.arange(S // 2)), sums
+
+
+def compare(
+    problem: Problem, objective: Objective, rows: int, needs: tuple[bool, ...], upstream: float = 0.37, **changes: Any
+) -> None:
+    """Losses, sums and all gradients of the engine against the naive ones."""
+    inputs, plain = problem.inputs(needs), problem.inputs(needs)
+    total, losses, R, K, logp = engine(problem, objective, rows, inputs, **changes)
+    expected, sums = naive(problem, objective, plain)
+    assert_equal("losses", losses, expected)
+    assert_equal("their sum", total, expected.sum())
+    for name, got, want in (("R", R, sums.log_ratio), ("K", K, sums.kl), ("logp", logp, sums.logp)):
+        assert_equal(name, got, None if want is None else want.flatten())
+    leaves = [i for i, t in enumerate(inputs) if t is not None and t.requires_grad]
+    if not leaves:
+        assert not total.requires_grad
+        return
+    factor = torch.tensor(upstream, dtype=fp64)
+    found = torch.autograd.grad(total, [inputs[i] for i in leaves], factor, retain_graph=True)
+    again = torch.autograd.grad(total, [inputs[i] for i in leaves], factor)
+    want = torch.autograd.grad(expected.sum(), [plain[i] for i in leaves], factor, allow_unused=True)
+    for i, got, more, right in zip(leaves, found, again, want, strict=True):
+        name = ("d_hidden", "d_weight", "d_bias", "d_w", "d_v")[i]
+        if i in (0, 3, 4):
+            assert_exactly_zero(f"{name} of ignored rows", got[problem.labels == IGNORE])
+            got, right, more = (None if t is None else t[problem.labels != IGNORE] for t in (got, right, more))
+        assert_equal(name, got, right)
+        assert_same_bits(f"{name}, a second time", more, got)
+
+
+NEEDS = [tuple(bool(n) for n in needs) for needs in product((0, 1), repeat=3)]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 12, 1000])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_form(name: str, layout: str, rows: int):
+    """Chunks that make every pair long, some, or none; whatever needs a gradient; an upstream gradient that is not 1."""
+    problem = make_problem(LAYOUTS[layout])
+    for needs in NEEDS:
+        compare(problem, OBJECTIVES[name], rows, (*needs, False, False))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("rows", [4, 1000])
+def test_learned_weights(name: str, rows: int):
+    problem = make_problem(LAYOUTS["uneven"], seed=1)
+    for needs in ((True, True, True, True, True), (False, False, False, True, False), (True, False, False, False, True)):
+        compare(problem, OBJECTIVES[name], rows, needs)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 1000])
+def test_without_a_reference(rows: int):
+    problem = make_problem(LAYOUTS["uneven"], ref=False)
+    for needs in NEEDS:
+        compare(problem, Objective(sft, "sequence", (0.0, 0.0), []), rows, (*needs, False, False))
+
+
+def test_without_a_bias():
+    compare(replace(make_problem(LAYOUTS["uneven"]), bias=None), OBJECTIVES["pair"], 4, (True, True, False, False, False))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("rows", [4, 1000])
+def test_triton_takes_the_same_way(rows: int):
+    """float32: the kernels' own errors are the contract's; here that the engine hands them the right rows and slopes."""
+    problem = make_problem(LAYOUTS["uneven"][:2])
+    needs = (True, True, True, True, True)
+    plain = problem.inputs(needs)
+    expected, _ = naive(problem, OBJECTIVES["margin"], plain)
+    want = torch.autograd.grad(expected.sum(), plain)
+
+    def single(t: Tensor | None) -> Tensor | None:
+        return t if t is None or not t.is_floating_point() else t.float()
+
+    small = replace(problem, **{name: single(getattr(problem, name)) for name in ("hidden", "weight", "bias", "w", "v")})
+    small = replace(small, ref=tuple(single(t) for t in problem.ref))
+    inputs = small.inputs(needs)
+    total, *_ = engine(
+        small, OBJECTIVES["margin"], rows, inputs, dtype=torch.float32, ref_dtype=torch.float32, backend="triton"
+    )
+    keep = problem.labels != IGNORE
+    for i, (got, right) in enumerate(zip(torch.autograd.grad(total, inputs), want, strict=True)):
+        got, right = (got[keep], right[keep]) if i in (0, 3, 4) else (got, right)
+        assert_within_budget(f"gradient {i}", got, right, right, torch.full_like(right, 3e-5 * float(right.abs().max())))
+
+
+# ------------------------------------------------------------------------------------------------------- declarations are true
+
+
+@pytest.mark.parametrize("average", [False, True], ids=["", "average_log_prob"])
+@pytest.mark.parametrize("loss_type", PAIR_LOSSES)
+@pytest.mark.parametrize("family", ["dpo", "tdpo1", "tdpo2"])
+def test_declared_forms(family: str, loss_type: str, average: bool):
+    """By autograd, at random sums: slopes are parallel to what the loss says of itself."""
+    common = {"loss_type": loss_type, "average_log_prob": average, "beta": 0.4}
+    loss = LinearDPOLoss(**common) if family == "dpo" else LinearTDPOLoss(variant=family, alpha=0.7, **common)
+    ratio, kl, logp = (torch.randn(2, 50, dtype=fp64, requires_grad=True) for _ in range(3))
+    count = torch.randint(1, 20, (2, 50)).to(fp64)
+    sums = loss._sequence_sums(ratio, kl, logp, count, None)
+    losses = loss.pair_losses(sums.map(lambda t: t[0]), sums.map(lambda t: t[1]))
+    d_ratio, d_kl, d_logp = torch.autograd.grad(losses.sum(), (ratio, kl, logp), materialize_grads=True)
+    assert_exactly_zero("slope of logp, which no form has", d_logp)
+    b = torch.tensor(loss.kl_slopes(), dtype=fp64)[:, None]
+    assert_equal("slopes of K", d_kl, d_ratio * b)
+    form = PAIR_FORMS[loss_type]
+    scale = count[0] / count[1] if form.by_length or average else torch.ones(50, dtype=fp64)
+    assert (d_ratio != 0).any()
+    if form.kind == "margin":
+        assert_equal("slopes of R", d_ratio[1], -scale * d_ratio[0])
+    if form.kind == "sequence":
+        mixed = torch.autograd.functional.hessian(
+            lambda r: loss.pair_losses(
+                *(SequenceSums(r[i], kl[i].detach()[:1], logp[i].detach()[:1], count[i][:1]) for i in (0, 1))
+            ).sum(),
+            ratio.detach()[:, :1],
+        )
+        assert_equal("a slope that depends on the other sequence", mixed[0, :, 1], torch.zeros(1, 1, dtype=fp64))
+
+
+def test_every_loss_declares_its_form():
+    assert PAIR_FORMS.keys() == PAIR_LOSSES.keys()
+
+
+WRONG = {
+    "another ratio": Objective(margin, "margin", (0.0, 0.7), [1.0] * P),
+    "no margin": Objective(pair, "margin", (0.5, 0.5), [1.0] * P),
+    "another KL": Objective(margin, "margin", (0.0, 0.9), [1.0 + p for p in range(P)]),
+    "a KL that is not declared": Objective(sequence, "pair", (0.0, 0.0), []),
+    "not a sum over sequences": Objective(pair, "sequence", (0.5, 0.5), []),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_declaration_gives_nan_and_not_a_wrong_gradient(name: str):
+    """Only for pairs that need it: in a group of whole pairs nothing that is declared is used, but for a KL without a slope."""
+    problem = make_problem([(5, 4), (6, 7)], seed=2)
+    inputs = problem.inputs((True, True, False, False, False))
+    total, losses, *_ = engine(problem, WRONG[name], 4, inputs)
+    total.backward()
+    assert total.isnan()
+    assert losses[1].isnan()
+    assert inputs[0].grad[problem.labels != IGNORE].isnan().any()
+    assert inputs[1].grad.isnan().any()
+
+
+# ----------------------------------------------------------------------------------------------------------- products, counted
+
+WIDE = {"V": 48, "D": 32, "D_ref": 32}
+
+
+def units(run: Callable[[], object], shape: tuple[int, int, int]) -> float:
+    with counted_products() as products:
+        run()
+    return products.units(*shape)
+
+
+@pytest.mark.parametrize("rows", [8, 24, 1000], ids=["long", "mixed", "groups"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_units(name: str, rows: int):
+    """Exactly 4 with a trained head, 3 with a frozen one, 2 without gradients; each gradient that is not needed is one less."""
+    problem = make_problem([(13, 9), (7, 5), (20, 30), (2, 3)], **WIDE)
+
+    def run(*needs: bool) -> Callable[[], object]:
+        inputs = problem.inputs((*needs, False, False))
+
+        def step() -> None:
+            total, *_ = engine(problem, OBJECTIVES[name], rows, inputs)
+            if total.requires_grad:
+                total.backward()
+
+        return step
+
+    assert units(run(True, True, True), problem.shape) == 4
+    assert units(run(True, True, False), problem.shape) == 4
+    assert units(run(True, False, False), problem.shape) == 3
+    assert units(run(False, True, False), problem.shape) == 3
+    assert units(run(False, False, True), problem.shape) == 2
+    assert units(run(False, False, False), problem.shape) == 2
+    with torch.no_grad():
+        assert units(run(True, True, True), problem.shape) == 2
+
+
+def test_units_without_a_reference():
+    problem = make_problem([(13, 9), (7, 5)], ref=False, **WIDE)
+    for needs, expected in (((True, True), 3), ((True, False), 2), ((False, False), 1)):
+        inputs = problem.inputs((*needs, False, False, False))
+        objective = Objective(sft, "sequence", (0.0, 0.0), [])
+        step = lambda i=inputs, o=objective: [t.backward() for t in engine(problem, o, 10, i)[:1] if t.requires_grad]  # noqa: E731
+        assert units(step, problem.shape) == expected
+
+
+@dataclass(frozen=True)
+class Model:
+    """Hidden states and heads at the level of the losses, float32."""
+
+    hidden: Tensor
+    weight: Tensor
+    ref_hidden: Tensor
+    ref_weight: Tensor
+    labels: Tensor
+
+    @property
+    def counted(self) -> int:
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.counted, *self.weight.shape
+
+    def shared(self) -> "Model":
+        return replace(self, ref_weight=self.weight)
+
+    def step(self, loss: Callable[..., Any], trained: bool) -> Callable[[], object]:
+        hidden = self.hidden.clone().requires_grad_()
+        weight = self.weight if not trained else self.weight.clone().requires_grad_()
+        ref_weight = weight.detach() if self.ref_weight is self.weight else self.ref_weight
+        return lambda: loss(hidden, weight, self.ref_hidden, ref_weight, self.labels).loss.backward()
+
+
+def make_model(S: int = 4, T: int = 24, V: int = 48, D: int = 32, dtype: torch.dtype = torch.float32) -> Model:
+    labels = torch.randint(V, (S, T))
+    labels[:, : T // 3] = IGNORE
+    labels[1, -4:] = IGNORE
+    return Model(
+        torch.randn(S, T, D).to(dtype),
+        torch.randn(V, D).to(dtype),
+        torch.randn(S, T, D).to(dtype),
+        torch.randn(V, D).to(dtype),
+        labels,
+    )
+
+
+UNITS = [  # loss, engine, trained -> units
+    (LinearTDPOLoss, "one_pass", True, 4),
+    (LinearTDPOLoss, "one_pass", False, 3),
+    (LinearTDPOLoss, "recompute", True, 6),
+    (LinearTDPOLoss, "recompute", False, 4),
+    (LinearDPOLoss, "one_pass", True, 4),
+    (LinearDPOLoss, "one_pass", False, 3),
+    (LinearDPOLoss, "recompute", True, 5),  # the KL has no gradient, so the reference is not made again
+    (LinearDPOLoss, "recompute", False, 3),
+]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("max_chunk_bytes", [20 * 2 * 48 * 4, None], ids=["long", "groups"])
+@pytest.mark.parametrize(("make", "engine_name", "trained", "expected"), UNITS)
+def test_units_of_losses(make: type, engine_name: str, trained: bool, expected: int, max_chunk_bytes: int | None, shared: bool):
+    model = make_model().shared() if shared else make_model()
+    loss = make(engine=engine_name, max_chunk_bytes=max_chunk_bytes)
+    assert units(model.step(loss, trained), model.shape) == expected
+
+
+def test_a_shared_head_takes_one_product_a_chunk():
+    model = make_model()
+    for ref, products in ((model.ref_weight, 2), (model.weight, 1)):
+        with counted_products() as counted, torch.no_grad():
+            LinearTDPOLoss()(model.hidden, model.weight, model.ref_hidden, ref, model.labels)
+        assert len(counted.flops) == products
+
+
+def test_ignored_rows_are_not_multiplied():
+    """Also in the op, whose rows are given by labels alone."""
+    model = make_model()
+    labels = model.labels[:, 1:]
+    step = lambda: linear_token_stats(model.hidden[:, 1:], model.weight, None, None, labels)  # noqa: E731
+    assert units(step, (int((labels != IGNORE).sum()), *model.weight.shape)) == 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_it_sweeps_twice(reentrant: bool):
+    """Not once more for every pair: the engine's own autograd is hidden from a checkpoint's hooks."""
+    model = make_model(S=8)
+    loss = LinearTDPOLoss(max_chunk_bytes=10 * 2 * 48 * 4)
+    hidden, weight = model.hidden.requires_grad_(), model.weight.requires_grad_()
+
+    def step() -> None:
+        def inside(h: Tensor) -> Tensor:
+            return loss(h, weight, model.ref_hidden, model.ref_weight, model.labels).loss
+
+        torch.utils.checkpoint.checkpoint(inside, hidden, use_reentrant=reentrant).backward()
+
+    assert units(step, model.shape) == (2 + 4 if reentrant else 4 + 4)
+
+
+def test_rows_are_counted_once_and_not_at_all_if_given(monkeypatch: pytest.MonkeyPatch):
+    """What the host asks a device for: in one place, once."""
+    calls = []
+    model = make_model()
+    given = (model.labels[:, 1:] != IGNORE).sum(-1).tolist()
+    for module in ("linear_losses", "functions.linear_token_stats"):
+        monkeypatch.setattr(f"fused_tdpo.{module}.host_counts", lambda counts: calls.append(counts) or counts.tolist())
+    for name in ("one_pass", "recompute"):
+        loss = LinearTDPOLoss(engine=name)
+        loss(model.hidden, model.weight, model.ref_hidden, model.ref_weight, model.labels)
+        assert len(calls) == 1
+        calls.clear()
+        loss(model.hidden, model.weight, model.ref_hidden, model.ref_weight, model.labels, valid_rows=given)
+        assert not calls
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["one_pass", "recompute"])
+def test_nothing_waits_for_the_gpu(name: str):
+    model = make_model()
+    loss = LinearTDPOLoss(engine=name)
+    given = (model.labels[:, 1:] != IGNORE).sum(-1).tolist()
+    hidden, weight, ref_hidden, ref_weight, labels = (t.cuda() for t in vars(model).values())
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss(hidden, weight, ref_hidden, ref_weight, labels).loss.backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(hidden, weight, ref_hidden, ref_weight, labels, valid_rows=given).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---------------------------------------------------------------------------------------------------------------------- memory
+
+BUDGET = 2**20
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("engine_name", ["one_pass", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_logits_exist_for_a_chunk_only(dtype: torch.dtype, engine_name: str, trained: bool, monkeypatch: pytest.MonkeyPatch):
+    """The widest tensor is no larger than a chunk; what grows with T is N·D and a few numbers a row, and nothing else."""
+    from fused_tdpo import _projection, _torch_backend
+
+    monkeypatch.setattr(_torch_backend, "CHUNK_ELEMENTS", 2**16)
+    monkeypatch.setattr(_projection, "CAST_COLUMNS", 64)
+    V, D = 512, 8
+    peaks, sizes = [], []
+    for T in (1024, 4096, *([32_768] if dtype == torch.float32 and engine_name == "one_pass" else [])):
+        model = make_model(S=2, T=T, V=V, D=D, dtype=dtype)
+        loss = LinearTDPOLoss(engine=engine_name, max_chunk_bytes=BUDGET)
+        given = (model.labels[:, 1:] != IGNORE).sum(-1).tolist()
+        hidden, weight = model.hidden.requires_grad_(), model.weight.requires_grad_(trained)
+        with counted_allocations() as allocations:
+            out = loss(hidden, weight, model.ref_hidden, model.ref_weight, model.labels, valid_rows=given)
+            out.loss.backward()
+        wide = [size for size in allocations.of_at_least(BUDGET // 2 + 1) if size > 2 * T * D * 4]
+        assert not wide, f"{wide} bytes at once, where both models' logits share {BUDGET}"
+        peaks.append(allocations.peak)
+        sizes.append(2 * T)
+    rows = [(b - a) / (n - m) for a, b, m, n in zip(peaks, peaks[1:], sizes, sizes[1:], strict=False)]
+    assert max(rows) <= 320, f"{rows} bytes a row; one row of logits has {V * dtype.itemsize}"
+    assert peaks[0] <= 4 * BUDGET + sizes[0] * 320 + 3 * V * D * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "buffers"),
+    [
+        ("margin", [(30, 30)], 1),
+        ("margin", [(30, 30), (30, 30)], 2),
+        ("sequence", [(30, 30)], 2),
+        ("sequence", [(30, 30), (30, 30)], 2),
+        ("pair", [(30, 30)], 2),
+        ("pair", [(30, 30), (30, 30)], 3),
+        ("pair", [(3, 3), (4, 4)], 1),
+    ],
+)
+def test_buffers_of_the_head(name: str, layout: list[tuple[int, int]], buffers: int, monkeypatch: pytest.MonkeyPatch):
+    """The sum itself, and one for each slope that is unknown at a time; the first of these is the sum."""
+    from fused_tdpo import _projection
+
+    made = []
+    init = _projection.HeadSums.__init__
+    monkeypatch.setattr(_projection.HeadSums, "__init__", lambda self, *args: made.append(self) or init(self, *args))
+    problem = make_problem(layout)
+    engine(problem, OBJECTIVES[name], 10, problem.inputs((True, True, True, False, False)))
+    assert len(made) == buffers
+
+
+# -------------------------------------------------------------------------------------------------------------------- the rest
+
+
+def test_the_same_bits_every_time():
+    model = make_model()
+    loss = LinearTDPOLoss(max_chunk_bytes=10 * 2 * 48 * 4)
+    found = []
+    for _ in range(2):
+        hidden, weight = model.hidden.clone().requires_grad_(), model.weight.clone().requires_grad_()
+        out = loss(hidden, weight, model.ref_hidden, model.ref_weight, model.labels)
+        out.loss.backward()
+        found.append((out.loss, hidden.grad, weight.grad))
+    for what, a, b in zip(("loss", "d_hidden", "d_weight"), *found, strict=True):
+        assert_same_bits(what, a, b)
+
+
+def test_a_second_derivative_is_refused():
+    model = make_model()
+    hidden = model.hidden.requires_grad_()
+    loss = LinearTDPOLoss()(hidden, model.weight, model.ref_hidden, model.ref_weight, model.labels).loss
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_levels_are_kin():
+    """A loss from hidden states is the loss from logits with another way in."""
+    assert issubclass(LinearTDPOLoss, TDPOLoss)
+    assert issubclass(LinearDPOLoss, DPOLoss)
+    assert isinstance(LMHead(torch.zeros(3, 2)).width, int)
