@@ -18,19 +18,16 @@ from torch import Tensor
 
 from fused_tdpo import TDPOLoss, token_stats
 from measure import Clock, peak_bytes
-from providers import official
+from providers import ALPHA, official, shifted, tdpo2
 from report import Table, as_bytes, digits, status
 
-BETA, ALPHA = 0.1, 0.5
+BETA = 0.1
 HIDDEN = 16
 
 
 def naive_tdpo2(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor) -> Tensor:
     """TDPO2 as its authors write it: shift, `official`, sum over each sequence (arXiv 2404.11999, eq. 17)."""
-    stats = official(policy_logits[:, :-1], ref_logits[:, :-1], labels[:, 1:])
-    chosen_ratio, rejected_ratio = (stats.logp - stats.ref_logp).sum(-1).chunk(2)
-    chosen_kl, rejected_kl = stats.kl.sum(-1).chunk(2)
-    return -F.logsigmoid(BETA * (chosen_ratio - rejected_ratio - ALPHA * (rejected_kl - chosen_kl.detach()))).mean()
+    return tdpo2(official(policy_logits[:, :-1], ref_logits[:, :-1], labels[:, 1:]), BETA)
 
 
 class Batch:
@@ -103,7 +100,7 @@ def compare(batch: Batch, repetitions: int) -> tuple[Table, str]:
     results = {}
     with status("per-token statistics") as say:
         with torch.no_grad():
-            logits, labels = batch.policy_logits(), F.pad(batch.labels, (0, 1), value=-100)[:, 1:]
+            logits, labels = batch.policy_logits(), shifted(batch.labels)
             expected, got = official(logits, batch.ref_logits, labels), token_stats(logits, batch.ref_logits, labels)
             per_token = [difference(getattr(got, name), getattr(expected, name)) for name in ("logp", "kl")]
             del logits, expected, got

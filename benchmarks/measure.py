@@ -10,6 +10,8 @@ Time: rounds in which each provider has its turn, so that a change of clocks or 
 events, with the L2 cache full of something else, and queued behind a pause in which the host runs ahead, as it does in
 training. Logits are random, and restored where a provider overwrites them. `copy` is the floor: a copy within the device that
 moves as many bytes as the case must (cases.py), measured in the same rounds.
+
+What is special about the logits level stands here, about the hidden level in linear.py.
 """
 
 import gc
@@ -22,7 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cases import Case
+from cases import Case, HiddenCase
 from fused_tdpo import TokenStats
 from fused_tdpo.reference import token_stats_reference
 from providers import Provider, Unavailable
@@ -36,14 +38,18 @@ QUANTILES = (0.2, 0.5, 0.8)
 TOO_FAST = 1.25
 """Times the floor's speed: reading alone may be a little faster than copying, more is a mistake in what is measured."""
 
-PAUSE_CYCLES = 2_000_000
-"""About a millisecond."""
+PAUSE_CYCLES = 10_000_000
+"""About five milliseconds: in training the host is further ahead."""
+
+CASE_SECONDS = 60
+"""No further round of a case begins after that long, but there is always one."""
 
 
 class Inputs:
     """Logits, labels and upstream gradients of a case; none of the latter is 0, so that no row may skip the reference."""
 
     def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
+        self.case, self.device = case, device
         generator = torch.Generator(device).manual_seed(seed)
         self.ref = torch.empty(case.N, case.V, dtype=case.dtype, device=device)
         self.policy = torch.empty_like(self.ref)
@@ -80,6 +86,14 @@ class Contender:
         logits, stats = self.forward()
         return stats, self.backward(logits, stats)
 
+    def examine(self, truth: "Truth") -> tuple[dict[str, float], list[str], int]:
+        """(Relative errors, what is wrong in words, peak memory of a call that is not the first)."""
+        errors, wrong = truth.judge(*self.both())
+        self.restore()
+        peak = 0 if wrong else peak_bytes(self.inputs.device, self.both)[0]
+        self.restore()
+        return errors, wrong, peak
+
     def round(self, clock: "Clock") -> dict[str, float]:
         """Milliseconds of each phase."""
         forward, results = clock(self.forward)
@@ -93,6 +107,8 @@ class Contender:
 
 class Copy:
     """The floor: moves the bytes of each phase, half of them read and half written."""
+
+    name, must, bounds = "copy", "bytes", ("forward", "backward")
 
     def __init__(self, case: Case, device: torch.device) -> None:
         words = {"forward": case.forward_bytes // 8, "backward": case.backward_bytes // 8}
@@ -143,7 +159,8 @@ class Truth:
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
     """‖got − truth‖ / ‖truth‖; NaN where either holds one."""
-    return float((got.detach().double() - truth.detach()).norm() / truth.detach().norm())
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
+    return float(norm(got.detach() - truth.detach()) / norm(truth.detach()))
 
 
 class Clock:
@@ -215,43 +232,60 @@ class Measurement:
         self.refused, self.failed = reason, failed
 
 
-def admit(name: str, provider: Provider, inputs: Inputs, truth: Truth) -> tuple[Measurement, Contender | None]:
+@dataclass(frozen=True)
+class Level:
+    """What a measurement is made of, depending on where a loss begins. A floor has a name and the phases that it bounds."""
+
+    inputs: Callable[[Case, torch.device], Inputs]
+    truth: Callable[[Inputs], Truth]
+    contender: Callable[[Provider, Inputs], Contender]
+    floor: Callable[[Inputs], Copy]
+    warm_up: bool
+    """Whether the first round does not count."""
+
+
+LOGITS = Level(Inputs, Truth, Contender, lambda inputs: Copy(inputs.case, inputs.device), warm_up=True)
+
+
+def admit(
+    name: str, provider: Provider, inputs: Inputs, truth: Truth, level: Level = LOGITS
+) -> tuple[Measurement, Contender | None]:
     """The gate: (errors and memory, the contender), or (the reason, None)."""
-    found, device = Measurement(name), inputs.policy.device
+    found = Measurement(name)
     try:
-        contender = Contender(provider, inputs)
-        found.errors, wrong = truth.judge(*contender.both())
-        contender.restore()
+        contender = level.contender(provider, inputs)
+        found.errors, wrong, found.peak_bytes = contender.examine(truth)
         if not wrong:
-            (found.peak_bytes,) = peak_bytes(device, contender.both)
-            contender.restore()
             return found, contender
         found.refuse("wrong: " + ", ".join(wrong), failed=True)
     except (ImportError, Unavailable) as error:
         found.refuse(f"not available: {error}")
     except torch.OutOfMemoryError:
         found.refuse("out of memory")
+    except MemoryError as error:
+        found.refuse(f"too large: {error}")
     except Exception as error:  # one contender's fault must not end the comparison of the others
         found.refuse(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", failed=True)
     return found, None
 
 
 def measure(
-    case: Case,
+    case: Case | HiddenCase,
     providers: Iterable[tuple[str, Provider]],
     device: torch.device,
     rounds: int,
     out_of_time: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
+    level: Level = LOGITS,
 ) -> list[Measurement]:
     """The floor, then each provider. At least one round is made, and no more once the time is out."""
-    say("drawing logits")
-    inputs = Inputs(case, device)
-    truth = Truth(inputs)
-    found, contenders = {"copy": Measurement("copy")}, {"copy": Copy(case, device)}
+    say("drawing inputs")
+    inputs = level.inputs(case, device)
+    truth, floor = level.truth(inputs), level.floor(inputs)
+    found, contenders = {floor.name: Measurement(floor.name)}, {floor.name: floor}
     for name, provider in providers:
         say(f"checking {name}")
-        found[name], contender = admit(name, provider, inputs, truth)
+        found[name], contender = admit(name, provider, inputs, truth, level)
         if contender is not None:
             contenders[name] = contender
         elif provider.overwrites:
@@ -260,26 +294,26 @@ def measure(
     del truth
 
     say("timing")
-    clock = Clock(device)
+    clock, start = Clock(device), time.monotonic()
     times = {name: [] for name in contenders}
-    for turn in range(rounds + 1):  # the first one warms up
-        if turn > 1 and out_of_time():
+    for turn in range(not level.warm_up, rounds + 1):  # the first one, 0, warms up
+        if turn > 1 and (out_of_time() or time.monotonic() > start + CASE_SECONDS):
             break
         for name, contender in contenders.items():
             ms = contender.round(clock)
             if turn:
                 times[name].append(ms)
 
-    floor = {}
+    least = None
     for name, rows in times.items():
         result = found[name]
         result.rounds = len(rows)
-        result.ms = {phase: quantiles([ms[phase] for ms in rows]) for phase in PHASES}
-        floor = floor or {phase: ms[1] for phase, ms in result.ms.items()}  # `copy` is the first
-        result.floor_ms = floor
-        fast = [phase for phase in ("forward", "backward") if floor[phase] > TOO_FAST * result.ms[phase][1]]
+        result.ms = {phase: quantiles([ms[phase] for ms in rows]) for phase in rows[0]}
+        least = least or result.ms  # the floor is the first
+        result.floor_ms = {phase: ms[1] for phase, ms in least.items()}
+        fast = [phase for phase in floor.bounds if least[phase][0] > TOO_FAST * result.ms[phase][1]]
         if fast:
-            result.refuse(f"{' and '.join(fast)} faster than the bytes allow: something is not measured", failed=True)
+            result.refuse(f"{' and '.join(fast)} faster than the {floor.must} allow: something is not measured", failed=True)
     return list(found.values())
 
 

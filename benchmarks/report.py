@@ -2,7 +2,7 @@
 
     python benchmarks/report.py            rewrites what stands between `<!-- generated: NAME -->` and `<!-- end -->`
     python benchmarks/report.py --check    fails where that would change anything
-    python benchmarks/report.py --plot     draws results/<device>.png, which needs matplotlib
+    python benchmarks/report.py --plot     draws results/<device>.png and -hidden.png, which needs matplotlib
 
 A record is a line of results/<device>.jsonl, written by run.py. Of each case and provider the newest one on a device counts.
 """
@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cases import CASES
-from providers import PROVIDERS
+from cases import CASES, HIDDEN_CASES
+from providers import HIDDEN_PROVIDERS, PROVIDERS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -82,6 +82,10 @@ def digits(value: float) -> str:
     return f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:,.0f}"
 
 
+def as_time(ms: float) -> str:
+    return f"{digits(ms)} ms" if ms < 999.5 else f"{digits(ms / 1000)} s"
+
+
 def as_bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 999.5:
@@ -100,21 +104,21 @@ def load(folder: Path = RESULTS) -> list[Record]:
 
 
 Newest = dict[str, dict[str, Record]]
-"""Case -> provider -> record, of one device; cases in the order of `CASES`, providers in that of `PROVIDERS`."""
+"""Case -> provider -> record, of one device; cases and providers in the order of their tables."""
 
 
-def newest(records: list[Record]) -> dict[str, Newest]:
-    """Device -> its newest records, GPUs first. What is no longer in `CASES` or `PROVIDERS` is left out."""
+def newest(records: list[Record], level: str = "logits") -> dict[str, Newest]:
+    """Device -> its newest records, GPUs first. What is no longer in the tables of the level is left out."""
+    cases, names = {
+        "logits": (CASES, ("copy", *PROVIDERS)),
+        "hidden": (HIDDEN_CASES, ("bare", *HIDDEN_PROVIDERS)),
+    }[level]
     found = {(r["device"], r["case"], r["provider"]): r for r in records}
-    devices = sorted({(not r["driver"], r["device"]) for r in records})
     result = {}
-    for _, device in devices:
-        result[device] = {}
-        for case in CASES:
-            own = {name: found[key] for name in ("copy", *PROVIDERS) if (key := (device, case.name, name)) in found}
-            if own:
-                result[device][case.name] = own
-    return result
+    for _, device in sorted({(not r["driver"], r["device"]) for r in records}):
+        own = {c.name: {n: found[key] for n in names if (key := (device, c.name, n)) in found} for c in cases}
+        result[device] = {case: providers for case, providers in own.items() if providers}
+    return {device: own for device, own in result.items() if own}
 
 
 def share(record: Record, phase: str) -> float:
@@ -188,7 +192,7 @@ def by_case(records: Newest, columns: list[Column]) -> Table:
             (why_not(own[name]) if own[name]["refused"] else cell(own[name])) if name in own else ""
             for _, name, cell in columns
         ]
-        table.rows.append((f"{next(iter(own.values()))['model']} `{case}`", *cells))
+        table.rows.append((f"{next(iter(own.values()))['model']} `{case}`".strip(), *cells))
     return table
 
 
@@ -210,14 +214,56 @@ def memory(records: Newest) -> tuple[str, Table]:
     return "Peak memory over the inputs, forward and backward; the gradient counts.", by_case(records, columns)
 
 
-VIEWS = {"headline": headline, "time": time, "memory": memory}
-"""What a document may ask for."""
+def beside_bare(record: Record) -> str:
+    """How many times as long as the bare products."""
+    return f"{record['ms']['both'][1] / record['floor_ms']['both']:.2f}×"
+
+
+def hidden(records: Newest) -> tuple[str, Table]:
+    """The cases whose head is trained, each in a row."""
+
+    def cell(r: Record) -> str:
+        time = as_time(r["ms"]["both"][1])
+        return time if r["provider"] == "bare" else f"{time} ({beside_bare(r)}), {as_bytes(r['peak_bytes'])}"
+
+    columns: list[Column] = [(f"`{name}`", name, cell) for name in ("bare", *HIDDEN_PROVIDERS)]
+    trained = {case: own for case, own in records.items() if next(iter(own.values()))["trained"]}
+    text = "Forward and backward from hidden states, head trained (of the bare products' time); peak memory over the inputs."
+    return text, by_case(trained, columns)
+
+
+def hidden_phases(records: Newest) -> tuple[str, Table]:
+    """Every provider on every case in a row."""
+    names = ("", "forward", "backward", "both", "20 % to 80 %", "of bare", "TFLOP/s", "peak memory", "of it gradients")
+    table = Table(names)
+    for case, own in records.items():
+        for name, r in own.items():
+            if r["refused"]:
+                if why_not(r) != "—":
+                    table.rows.append((f"`{case}` `{name}`", why_not(r), *[""] * (len(names) - 2)))
+                continue
+            low, middle, high = r["ms"]["both"]
+            alone = [as_time(r["ms"][phase][1]) if phase in r["ms"] else "" for phase in ("forward", "backward")]
+            spread, rate = f"{as_time(low)} to {as_time(high)}", digits(r["flops"] / middle / 1e9)
+            memory = [as_bytes(r[key]) if name != "bare" else "" for key in ("peak_bytes", "gradient_bytes")]
+            table.rows.append((f"`{case}` `{name}`", *alone, as_time(middle), spread, beside_bare(r), rate, *memory))
+    return "From hidden states to gradients; TFLOP/s of the bare products' operations.", table
+
+
+VIEWS = {
+    "headline": ("logits", headline),
+    "time": ("logits", time),
+    "memory": ("logits", memory),
+    "hidden": ("hidden", hidden),
+    "hidden-phases": ("hidden", hidden_phases),
+}
+"""What a document may ask for: level, function."""
 
 
 def generated(view: str, records: list[Record]) -> str:
     """Markdown of a view: a caption and a table for each device."""
-    make, parts = VIEWS[view], []
-    for own in newest(records).values():
+    (level, make), parts = VIEWS[view], []
+    for own in newest(records, level).values():
         text, table = make(own)
         used = [r for providers in (list(own.values())[:1] if view == "headline" else own.values()) for r in providers.values()]
         parts.append(f"{caption(used)} {text}\n\n{table.markdown()}")
@@ -255,10 +301,40 @@ def plot(device: str, records: Newest, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_hidden(device: str, records: Newest, path: Path) -> None:
+    """Time and memory of one pair over its length, a line for each provider; at the shape with the most lengths."""
+    import matplotlib.pyplot as plt
+
+    cases = [case for case in HIDDEN_CASES if case.name in records and case.trained and case.pairs == 1]
+    shapes = [(case.D, case.V, case.dtype) for case in cases]
+    D, V, dtype = shape = max(shapes, key=shapes.count, default=(0, 0, None))
+    if shapes.count(shape) < 3:
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    own = {case.T: records[case.name] for case in cases if (case.D, case.V, case.dtype) == shape}
+    for name in ("bare", *HIDDEN_PROVIDERS):
+        there = [(T, r[name]) for T, r in own.items() if name in r and not r[name]["refused"]]
+        if there:
+            style = {"color": "black", "linestyle": "--"} if name == "bare" else {"marker": "o"}
+            memory = "gradient_bytes" if name == "bare" else "peak_bytes"
+            label = "floor: bare products, gradients" if name == "bare" else name
+            left.plot([T for T, _ in there], [r["ms"]["both"][1] / 1000 for _, r in there], label=label, **style)
+            right.plot([T for T, _ in there], [r[memory] / 2**20 for _, r in there], **style)
+    for axes, text in ((left, "forward + backward, s"), (right, "peak memory over the inputs, MiB")):
+        axes.set(xscale="log", yscale="log", xlabel="positions of a sequence", ylabel=text)
+        axes.set_xticks(list(own), [f"{T:,}" for T in own])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{device}: a pair, half of it prompts; D = {D:,}, V = {V:,}, {str(dtype).removeprefix('torch.')}")
+    figure.legend(loc="outside right center")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main(arguments: list[str] | None = None, documents: tuple[Path, ...] = DOCUMENTS, folder: Path = RESULTS) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a document differs from the records")
-    parser.add_argument("--plot", action="store_true", help="draw a picture for each device that has three vocabularies")
+    parser.add_argument("--plot", action="store_true", help="draw each device that has three vocabularies or lengths")
     args = parser.parse_args(arguments)
 
     records = load(folder)
@@ -271,6 +347,8 @@ def main(arguments: list[str] | None = None, documents: tuple[Path, ...] = DOCUM
     if args.plot:
         for device, own in newest(records).items():
             plot(device, own, folder / f"{slug(device)}.png")
+        for device, own in newest(records, "hidden").items():
+            plot_hidden(device, own, folder / f"{slug(device)}-hidden.png")
     print(f"{'differ from' if args.check else 'rewritten from'} the records: {', '.join(stale)}" if stale else "up to date")
     return 1 if args.check and stale else 0
 

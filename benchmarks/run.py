@@ -1,11 +1,14 @@
-"""Times `token_stats` and its rivals, logits in, and appends a record of each to benchmarks/results/<device>.jsonl.
+"""Times ours and their rivals at both levels, and appends a record of each to benchmarks/results/<device>.jsonl.
 
-    make bench                                                           all cases for this device, for eight minutes
+    make bench                                                           all cases for this device: per-token statistics
+                                                                         from logits, then whole losses from hidden states
+    make bench ARGS="--level hidden"                                     one level
     make bench ARGS="--case N4096-V151936-bf16 --provider fused"         some; both may be repeated
     make bench ARGS="--tune"                                             sweep the block sizes of the kernels instead (GPU)
 
 Cases come in the order of their worth, and each is written down when it is done: a run that is stopped has lost nothing.
-What is measured, and how: measure.py. What to measure: cases.py. Whom: providers.py. Tables for the documents: report.py.
+What is measured, and how: measure.py and linear.py. What to measure: cases.py. Whom: providers.py. Tables for the documents:
+report.py.
 """
 
 import argparse
@@ -21,11 +24,16 @@ from pathlib import Path
 
 import torch
 
-from cases import CASES, Case
-from measure import measure
-from providers import PROVIDERS
-from report import RESULTS, ROOT, Record, newest, slug, status
+from cases import CASES, HIDDEN_CASES, Case, HiddenCase
+from linear import HIDDEN
+from measure import LOGITS, measure
+from providers import HIDDEN_PROVIDERS, PROVIDERS
+from report import RESULTS, ROOT, Record, hidden, newest, slug, status
 from report import time as time_view
+
+LEVELS = {"logits": LOGITS, "hidden": HIDDEN}
+LIMITS = {("logits", "cuda"): (8, 20), ("logits", "cpu"): (8, 3), ("hidden", "cuda"): (6, 10), ("hidden", "cpu"): (12, 3)}
+"""Minutes after which no further case begins, and rounds of a case, unless told otherwise."""
 
 
 def output_of(*command: str) -> str:
@@ -62,18 +70,10 @@ def birth_certificate(device: torch.device, commit: str) -> Record:
     }
 
 
-def describe(case: Case) -> Record:
+def describe(case: Case | HiddenCase) -> Record:
     """The part of a record that is the case's."""
-    return {
-        "case": case.name,
-        "model": case.model,
-        "N": case.N,
-        "V": case.V,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "masked": case.masked,
-        "forward_bytes": case.forward_bytes,
-        "backward_bytes": case.backward_bytes,
-    }
+    dtype = str(case.dtype).removeprefix("torch.")
+    return {"case": case.name, "model": case.model, "V": case.V, "dtype": dtype} | case.facts
 
 
 def append(records: list[Record], path: Path, out: Path | None) -> None:
@@ -86,10 +86,12 @@ def append(records: list[Record], path: Path, out: Path | None) -> None:
         shutil.copy(path, out)
 
 
-def sweep(args: argparse.Namespace, device: torch.device, born: Record, deadline: float) -> int:
+def sweep(args: argparse.Namespace, device: torch.device, born: Record) -> int:
     """`--tune`: every choice of block sizes, on a few cases."""
     import tune  # imports Triton
 
+    minutes, rounds = LIMITS["logits", "cuda"]
+    deadline = time.monotonic() + 60 * (args.minutes or minutes)
     for name in args.case or tune.CASES:
         case = next(case for case in CASES if case.name == name)
         for phase in tune.SWEEPS:
@@ -97,7 +99,7 @@ def sweep(args: argparse.Namespace, device: torch.device, born: Record, deadline
                 print(f"not swept: {phase} of {name}")
                 continue
             with status(f"{case.model} {name}: {phase}") as say:
-                found, floor = tune.tune(case, phase, device, args.rounds, say)
+                found, floor = tune.tune(case, phase, device, args.rounds or rounds, say)
             new = [born | describe(case) | {"phase": phase, "floor_ms": floor} | choice for choice in found]
             append(new, args.results / "tune" / f"{slug(born['device'])}.jsonl", args.out)
             tune.best(found, floor).show(f"{case.model} {name}: {phase}")
@@ -105,38 +107,27 @@ def sweep(args: argparse.Namespace, device: torch.device, born: Record, deadline
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def measure_level(level: str, args: argparse.Namespace, device: torch.device, born: Record, path: Path) -> list[Record]:
+    """The records of one level; says what was left out."""
+    cases, providers = {"logits": (CASES, PROVIDERS), "hidden": (HIDDEN_CASES, HIDDEN_PROVIDERS)}[level]
     tag = "gpu" if device.type == "cuda" else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], metavar="NAME", help="default: all")
-    parser.add_argument("--provider", action="append", choices=PROVIDERS, metavar="NAME", help="default: all")
-    parser.add_argument("--rounds", type=int, default=20 if tag == "gpu" else 3)
-    parser.add_argument("--minutes", type=float, default=8, help="begin no further case after that long")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
-    parser.add_argument("--out", type=Path, help="folder that gets a copy of the records of this device")
-    parser.add_argument("--commit", default="", help="what the records name where this is not a git checkout")
-    parser.add_argument("--tune", action="store_true", help="sweep the kernels' block sizes instead; needs a GPU")
-    args = parser.parse_args(arguments)
-
-    deadline = time.monotonic() + 60 * args.minutes
-    born = birth_certificate(device, args.commit)
-    path = args.results / f"{slug(born['device'])}.jsonl"
-    if args.tune:
-        if device.type != "cuda":
-            parser.error("--tune needs a GPU: torch.cuda.is_available() is False")
-        return sweep(args, device, born, deadline)
-    cases = [case for case in CASES if (case.name in args.case if args.case else tag in case.tags)]
-    providers = [(name, PROVIDERS[name]) for name in PROVIDERS if not args.provider or name in args.provider]
+    minutes, rounds = LIMITS[level, device.type]
+    deadline = time.monotonic() + 60 * (args.minutes or minutes)
+    work = []
+    for case in cases:
+        if case.name in args.case if args.case else tag in case.tags:
+            chosen = [name for name in providers if name in (case.only or providers) and name in (args.provider or providers)]
+            work += [(case, [(name, providers[name]) for name in chosen])] if chosen else []
 
     records, left_out = [], []
-    for number, case in enumerate(cases, 1):
+    for number, (case, chosen) in enumerate(work, 1):
         if records and time.monotonic() > deadline:
             left_out.append(case.name)
             continue
-        with status(f"{number} of {len(cases)}: {case.model} {case.name}") as say:
+        with status(f"{number} of {len(work)}: {case.model} {case.name}") as say:
+            options = {"rounds": args.rounds or rounds, "out_of_time": lambda: time.monotonic() > deadline}
             try:
-                found = measure(case, providers, device, args.rounds, lambda: time.monotonic() > deadline, say)
+                found = measure(case, chosen, device, say=say, level=LEVELS[level], **options)
             except torch.OutOfMemoryError:
                 left_out.append(f"{case.name} (its inputs do not fit)")
                 continue
@@ -145,14 +136,40 @@ def main(arguments: list[str] | None = None) -> int:
         append(new, path, args.out)
         records += new
 
-    for device_name, own in newest(records).items():  # one, or none where nothing fits
-        text, table = time_view(own)
+    for device_name, newest_records in newest(records, level).items():  # one, or none where nothing fits
+        text, table = {"logits": time_view, "hidden": hidden}[level](newest_records)
         table.show(f"{device_name}. {text}")
+    if left_out:
+        print(f"not measured: {', '.join(left_out)}")
+    return records
+
+
+def main(arguments: list[str] | None = None) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cases, providers = [case.name for case in (*CASES, *HIDDEN_CASES)], PROVIDERS | HIDDEN_PROVIDERS
+    parser.add_argument("--level", choices=LEVELS, help="default: both")
+    parser.add_argument("--case", action="append", choices=cases, metavar="NAME", help="default: all for this device")
+    parser.add_argument("--provider", action="append", choices=providers, metavar="NAME", help="default: all")
+    parser.add_argument("--rounds", type=int, help="default: 20 or 10 on a GPU, 3 on a CPU")
+    parser.add_argument("--minutes", type=float, help="begin no further case of a level after that long; default: 6 to 12")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--out", type=Path, help="folder that gets a copy of the records of this device")
+    parser.add_argument("--commit", default="", help="what the records name where this is not a git checkout")
+    parser.add_argument("--tune", action="store_true", help="sweep the kernels' block sizes instead; needs a GPU")
+    args = parser.parse_args(arguments)
+
+    born = birth_certificate(device, args.commit)
+    path = args.results / f"{slug(born['device'])}.jsonl"
+    if args.tune:
+        if device.type != "cuda":
+            parser.error("--tune needs a GPU: torch.cuda.is_available() is False")
+        return sweep(args, device, born)
+    levels = [args.level] if args.level else LEVELS
+    records = [record for level in levels for record in measure_level(level, args, device, born, path)]
     refused = [record for record in records if record["refused"]]
     for record in refused:
         print(f"{record['case']}: {record['provider']}: {record['refused']}")
-    if left_out:
-        print(f"not measured: {', '.join(left_out)}")
     print(f"{len(records)} records in {path}; python benchmarks/report.py brings the documents up to date")
     return 1 if any(record["failed"] for record in refused) else 0
 

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # as its programs see each other
 
 import demo
+import linear
 import measure
 import providers
 import report
 import run
-from cases import CASES, Case
+from cases import CASES, HIDDEN_CASES, Case, HiddenCase
 from fused_tdpo import TokenStats, token_stats
 from fused_tdpo.reference import token_stats_reference
 
@@ -303,3 +306,148 @@ def test_tuning_launches_what_it_says(monkeypatch):
         assert choice["segment" if phase == "forward" else "chunk"] == (512 if phase == "forward" else 2 * 64 * 8)
         assert default["T"] == again["T"] and tune.kernels.SEGMENT_COLUMNS > 512, "the sweep must leave nothing behind"
         assert "default again" in tune.best(found, floor).markdown()
+
+
+# --------------------------------------------------------------------------------------------------------------- hidden level
+
+HIDDEN = HiddenCase(16, 8, 50, pairs=2, dtype=torch.float32)
+FROZEN = replace(HIDDEN, trained=False)
+
+
+def examined(provider: providers.Provider, case: HiddenCase = HIDDEN) -> measure.Measurement:
+    """What the gate says of one provider."""
+    inputs = linear.Inputs(case, CPU)
+    return measure.admit("tested", provider, inputs, linear.Truth(inputs), linear.HIDDEN)[0]
+
+
+def naive(beta, x, head, z, ref_head, labels):
+    return providers.naive_all(beta, x, head, z, ref_head, labels)
+
+
+def without_kl(beta, x, head, z, ref_head, labels):
+    stats = providers.official(F.linear(x, head), F.linear(z, ref_head), providers.shifted(labels))
+    return providers.tdpo2(stats, beta, alpha=0.0)
+
+
+def kl_of_chosen_attached(beta, x, head, z, ref_head, labels):
+    stats = providers.official(F.linear(x, head), F.linear(z, ref_head), providers.shifted(labels))
+    (ratio_w, ratio_l), (kl_w, kl_l) = ((s.sum(-1).chunk(2)) for s in (stats.logp - stats.ref_logp, stats.kl))
+    return -F.logsigmoid(beta * (ratio_w - ratio_l - providers.ALPHA * (kl_l - kl_w))).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "complaint"),
+    [
+        (lambda b, x, w, z, v, y: naive(b, x * 1.01, w, z, v, y), "loss"),
+        (lambda b, x, w, z, v, y: naive(b, x, w, x.detach(), v, y), "loss"),
+        (lambda b, x, w, z, v, y: naive(b, x, v, z, w, y), "loss"),
+        (lambda b, x, w, z, v, y: naive(b, x, w, z, v, y.clamp(min=0)), "loss"),
+        (lambda b, x, w, z, v, y: naive(b, x, w, z, v, F.pad(y, (1, 0), value=-100)[:, :-1]), "loss"),
+        (without_kl, "loss"),
+        (lambda b, x, w, z, v, y: naive(b, x, w, z, v, y) * float("nan"), "nan of loss"),
+        (kl_of_chosen_attached, "gradient of the hidden states"),
+        (lambda b, x, w, z, v, y: naive(b, x, w, z, v, y) + (x - x.detach())[0, 0, 0], "gradient of the hidden states"),
+        (lambda b, x, w, z, v, y: naive(b, x, w.detach() + (w - w.detach()) * 1.01, z, v, y), "gradient of the head"),
+        (lambda b, x, w, z, v, y: naive(b, x, torch.cat((w[:40], w[40:].detach())), z, v, y), "gradient of the head"),
+    ],
+    ids=[
+        *("temperature", "reference exchanged", "heads exchanged", "mask", "shift", "no KL", "NaN"),
+        *("gradient to the chosen KL", "gradient to a prompt", "scaled head", "part of the head"),
+    ],
+)
+def test_a_wrong_loss_gets_no_time(loss, complaint):
+    result = examined(providers.Provider(lambda: loss))
+    assert result.failed and result.refused.startswith("wrong: ") and complaint in result.refused
+
+
+@pytest.mark.parametrize("case", [HIDDEN, FROZEN], ids=["trained", "frozen"])
+@pytest.mark.parametrize("name", providers.HIDDEN_PROVIDERS)
+def test_hidden_providers_pass(name, case):
+    result = examined(providers.HIDDEN_PROVIDERS[name], case)
+    if result.refused.startswith("not available"):
+        pytest.skip(result.refused)
+    assert not result.refused
+    assert set(result.errors) == {"loss", "gradient of the hidden states", *(["gradient of the head"] if case.trained else [])}
+    assert result.peak_bytes >= case.gradient_bytes
+
+
+def test_the_gate_knows_dpo():
+    assert not examined(providers.Provider(lambda: without_kl, lacks="the KL")).refused
+    assert examined(providers.Provider(lambda: naive, lacks="the KL")).failed
+
+
+def test_what_would_not_fit_is_not_begun(monkeypatch):
+    monkeypatch.setattr(linear, "available_bytes", lambda: 1e4)
+    result = examined(providers.HIDDEN_PROVIDERS["naive_all"])
+    assert not result.failed and result.refused.startswith("too large: about 87.5 KiB of 9.77 KiB")  # 64 rows, 50 columns
+
+
+@pytest.mark.parametrize("case", [HIDDEN, FROZEN], ids=["trained", "frozen"])
+@pytest.mark.parametrize("rows", [5, 1000])
+def test_bare_makes_the_least_products(case, rows, monkeypatch):
+    monkeypatch.setattr(linear, "CPU_CHUNK_BYTES", rows * 2 * case.V * 4)
+    inputs = linear.Inputs(case, CPU)
+    bare = linear.Bare(inputs)
+    with FlopCounterMode(display=False) as counter:
+        bare.run()
+    assert counter.get_total_flops() == case.flops == (4 if case.trained else 3) * 2 * 32 * 50 * 8
+    assert case.N == int((providers.shifted(inputs.labels) != -100).sum()) == 32
+    assert case.gradient_bytes == sum(leaf.nbytes for leaf in inputs.leaves)
+    x, logits = bare.hidden, bare.hidden @ bare.head.T
+    assert measure.relative_error(bare.d_hidden, logits @ bare.head) <= 1e-5
+    if case.trained:  # once when it was made, once here
+        assert measure.relative_error(bare.d_head, 2 * logits.T @ x) <= 1e-5
+
+
+def test_hidden_cases():
+    names = [case.name for case in (*CASES, *HIDDEN_CASES)]
+    assert len(set(names)) == len(names)
+    assert {tag for case in HIDDEN_CASES for tag in case.tags} == {"gpu", "cpu", "small"}
+    assert all(name in providers.HIDDEN_PROVIDERS for case in HIDDEN_CASES for name in case.only)
+
+
+@pytest.fixture
+def hidden_folder(tmp_path, monkeypatch):
+    """Records of a run on hidden states."""
+    for module in (run, report):
+        monkeypatch.setattr(module, "HIDDEN_CASES", (HIDDEN, FROZEN))
+    monkeypatch.setattr(measure, "TOO_FAST", float("inf"))  # these products take microseconds, and who knows what else runs
+    arguments = ["--case", HIDDEN.name, "--case", FROZEN.name, "--provider", "naive_all", "--rounds", "2"]
+    assert run.main([*arguments, "--results", str(tmp_path), "--commit", "0123456789abcdef"]) == 0
+    return tmp_path
+
+
+def test_hidden_records_and_tables(hidden_folder, monkeypatch):
+    records = report.load(hidden_folder)
+    facts = {"pairs", "T", "D", "trained", "flops", "gradient_bytes"}
+    assert [record["provider"] for record in records] == ["bare", "naive_all"] * 2
+    assert all(set(record) == FIELDS - {"masked", "forward_bytes", "backward_bytes"} | facts for record in records)
+    assert set(records[0]["ms"]) == {"both"} and set(records[1]["ms"]) == set(measure.PHASES)
+
+    by_hand = {"bare": [900, 1000, 1100], "ours": [1100, 1250, 1300], "naive_all": [5e3, 6e3, 7e3]}
+    made = [
+        records[1] | {"provider": name, "ms": dict.fromkeys(measure.PHASES, ms), "floor_ms": {"both": 1000}, "flops": 2e12}
+        | {"peak_bytes": 3 * 2**20, "gradient_bytes": 2**20}
+        for name, ms in by_hand.items()
+    ]  # fmt: skip
+    made[1] |= {"refused": "too large: about 3 GiB of 2 GiB that are available"}
+    made.append(made[2] | {"provider": "trl", "refused": "not available: No module named 'trl'"})
+    text = report.generated("hidden", made)
+    assert "|  | `bare` | `naive_all` |" in text and FROZEN.name not in text
+    assert f"| `{HIDDEN.name}` | 1.00 s | 6.00 s (6.00×), 3.00 MiB |" in text
+    text = report.generated("hidden-phases", made)
+    assert "`naive_all` | 6.00 s | 6.00 s | 6.00 s | 5.00 s to 7.00 s | 6.00× | 0.333 | 3.00 MiB | 1.00 MiB |" in text
+    assert f"| `{HIDDEN.name}` `ours` | too large |" in text and "`trl`" not in text
+    assert "No records yet" in report.generated("time", made), "the levels do not mix"
+
+
+def test_a_picture_of_the_lengths(hidden_folder, monkeypatch):
+    pytest.importorskip("matplotlib")
+    cases = [replace(HIDDEN, T=T, pairs=1) for T in (64, 128, 256)]
+    monkeypatch.setattr(report, "HIDDEN_CASES", cases)
+    records = [record | run.describe(case) for case in cases for record in report.load(hidden_folder)]
+    (path,) = hidden_folder.glob("*.jsonl")
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert report.main(["--plot"], documents=(), folder=hidden_folder) == 0
+    (picture,) = hidden_folder.glob("*-hidden.png")
+    assert picture.stat().st_size > 10_000
