@@ -43,12 +43,9 @@ def choose_backend(
     return "triton", "GPU tensors"
 
 
-_MODULES = {"triton": "fused_tdpo.kernels.token_stats", "torch": "fused_tdpo._torch_backend"}
-
-
-def load_backend(name: str, device: torch.device) -> ModuleType:
-    """The module of a chosen backend, with `token_stats_fwd`, `token_stats_bwd` and `empty`; imported on first use."""
-    module = importlib.import_module(_MODULES[name])
+def load_backend(name: str, device: torch.device, op: str = "token_stats") -> ModuleType:
+    """The module in which a chosen backend has an op, imported on first use: one for each op's kernels, one for torch."""
+    module = importlib.import_module(f"fused_tdpo.kernels.{op}" if name == "triton" else "fused_tdpo._torch_backend")
     if name == "triton" and device.type == "cpu":
         from triton import knobs
 

@@ -242,14 +242,19 @@ class HeadSums:
         return self.parts
 
 
-def head_gradient(total: Tensor, shape: torch.Size, dtype: torch.dtype, factor: Tensor | None = None) -> Tensor:
-    """The sum of the used columns, times a factor, as a gradient of that shape and dtype: 0 in columns that are not used."""
-    if factor is None and (total.shape, total.dtype) == (shape, dtype):
+def head_gradient(total: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The sum over the used columns as a gradient of that shape and dtype: 0 in columns that are not used."""
+    if (total.shape, total.dtype) == (shape, dtype):
         return total
+    gradient = torch.zeros(shape, dtype=dtype, device=total.device)
+    gradient[: len(total)] = total
+    return gradient
+
+
+def scaled_head_gradient(total: Tensor, shape: torch.Size, dtype: torch.dtype, factor: Tensor, backend: str) -> Tensor:
+    """The same times a factor, in memory of its own: `total` stays what it is."""
     gradient = torch.empty(shape, dtype=dtype, device=total.device)
     gradient[len(total) :] = 0
-    if factor is None:
-        gradient[: len(total)] = total
-    else:
-        torch.mul(total, factor, out=gradient[: len(total)])
+    backend_module = load_backend(backend, total.device, "scaled_copy")
+    backend_module.scaled_copy(total, factor.to(total.dtype), gradient[: len(total)])
     return gradient

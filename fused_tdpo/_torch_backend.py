@@ -228,3 +228,8 @@ def token_stats_bwd(
             d.masked_fill_(skip, 0.0)
         d_policy[o, part, :V] = d
         d_policy[o, part, V:] = 0
+
+
+def scaled_copy(x: Tensor, factor: Tensor, y: Tensor) -> None:
+    """Writes factor·x into `y`, of any dtype; `factor` is () in the dtype of x."""
+    torch.mul(x, factor, out=y)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fused_tdpo._checks import check_labels_in_range
 from fused_tdpo._chunks import Group, Plan, plan_pairs, split
-from fused_tdpo._projection import HeadSums, head_gradient
+from fused_tdpo._projection import HeadSums, scaled_head_gradient
 from fused_tdpo.functions.linear_token_stats import LinearOptions, make_tiles, no_autocast, stats_dtype
 from fused_tdpo.functions.token_stats import PAIR_STATS, POLICY_STATS
 
@@ -108,7 +108,7 @@ class OnePassFunction(torch.autograd.Function):
         heads = sweep.head.totals()
         ctx.save_for_backward(sweep.order, sweep.directions, sweep.scales, *heads, *sweep.weight_slopes())
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in (hidden, weight, bias, token_weights, kl_weights)]
-        ctx.needs, ctx.rows = needs, job.options.rows
+        ctx.needs, ctx.rows, ctx.backend = needs, job.options.rows, job.options.backend
         total, *rest = sweep.result()
         ctx.mark_non_differentiable(*(t for t in rest if t is not None))
         return total, *rest
@@ -130,7 +130,7 @@ class OnePassFunction(torch.autograd.Function):
         for i, total in ((1, d_weight), (2, d_bias)):
             if ctx.needs[i]:
                 shape, dtype = ctx.like[i]
-                found[i] = head_gradient(total, shape, dtype, upstream)
+                found[i] = scaled_head_gradient(total, shape, dtype, upstream, ctx.backend)
         for i, slope in zip((3, 4), slopes, strict=True):
             if ctx.needs[i]:
                 shape, dtype = ctx.like[i]
