@@ -49,10 +49,10 @@ def _load(logits: Tensor, softcap: float | None, out: Tensor, slope: Tensor | No
     x = out[: len(logits)].copy_(logits)
     if softcap is None:
         return x
-    x.div_(softcap).tanh_()
-    if slope is not None:
-        torch.addcmul(x.new_ones(()), x, x, value=-1, out=slope[: len(x)])
-    return x.mul_(softcap)
+    x.div_(softcap)
+    if slope is not None:  # 1/cosh², since 1 - tanh² cancels where the cap is near
+        torch.cosh(x, out=slope[: len(x)]).reciprocal_().square_()
+    return x.tanh_().mul_(softcap)
 
 
 def _exp(x: Tensor, m: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def token_stats_bwd(
 ) -> None:  # fmt: skip
     """Writes d_x = (g_logp·(e_y - p) + g_kl·(p - q)) / τ into `d_policy` (outer, inner, W), which may be `policy` itself.
 
-    With a softcap of the policy that is times 1 - tanh²(x/cap): the gradient of the logits as they came.
+    With a softcap of the policy that is times 1/cosh²(x/cap): the gradient of the logits as they came.
     """
     zero = torch.zeros_like(saved[0])
     g_label = (zero if g_logp is None else g_logp) / temperature

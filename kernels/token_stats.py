@@ -31,7 +31,6 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOWEST: tl.constexpr = tl.constexpr(-1e38)
 """Where running maxima start: finite, so that -inf logits subtract to -inf and not to NaN."""
-HIGHEST: tl.constexpr = tl.constexpr(3e38)
 
 # Fields of a segment's record. "Weighted" sums carry the factor 2^-m of their distribution.
 M_X: tl.constexpr = tl.constexpr(0)  # max of x·scale
@@ -393,8 +392,7 @@ def token_stats_finish_kernel(
     sum_exp_x = tl.sum(s_x * r_x, axis=1)
     log2_sum_x = tl.log2(sum_exp_x)
     x_label = _load_label_logit(policy_ptr + _row_offset(row, inner, policy_outer, policy_inner), label, V, policy_cap)
-    # minimum: keeps the product from being fused with the difference, as it is not in top_x, so that a lone token has logp = 0
-    logp = LN2 * ((tl.minimum(x_label * scale, HIGHEST) - top_x) - log2_sum_x)
+    logp = LN2 * ((x_label * scale - top_x) - log2_sum_x)
     logp = tl.where(labelled, tl.where(logp > 0, 0.0, logp), float("nan"))
     tl.store(logp_ptr + row, tl.where(active, logp, 0.0), mask=inside)
     tl.store(saved_ptr + row, tl.where(active, top_x, 0.0), mask=inside)
@@ -424,7 +422,7 @@ def token_stats_finish_kernel(
         sum_exp_z = tl.sum(s_z, axis=1)
         log2_sum_z = tl.log2(sum_exp_z)
         z_label = _load_label_logit(ref_ptr + _row_offset(row, inner, ref_outer, ref_inner), label, V, ref_cap)
-        ref_logp = LN2 * ((tl.minimum(z_label * scale, HIGHEST) - top_z) - log2_sum_z)
+        ref_logp = LN2 * ((z_label * scale - top_z) - log2_sum_z)
         ref_logp = tl.where(labelled, tl.where(ref_logp > 0, 0.0, ref_logp), float("nan"))
         tl.store(ref_logp_ptr + row, tl.where(active, ref_logp, 0.0), mask=inside)
         tl.store(saved_ptr + 2 * N + row, tl.where(active, top_z, 0.0), mask=inside)
