@@ -60,7 +60,7 @@ def birth_certificate(device: torch.device, commit: str) -> Record:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit or output_of("git", "rev-parse", "HEAD"),
-        "changed": bool(output_of("git", "status", "--porcelain", "fused_tdpo", "kernels", "benchmarks/*.py")),
+        "changed": not commit and bool(output_of("git", "status", "--porcelain", "fused_tdpo", "kernels", "benchmarks/*.py")),
         "device": name,
         "driver": driver,
         "threads": threads,

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-pytest.register_assert_rewrite("contract_token_stats", "official_tdpo", "tolerances")
+pytest.register_assert_rewrite("contract_linear", "contract_token_stats", "official_tdpo", "tolerances")
 
 TIERS = ("cpu", "interpreter", "compile", "gpu")
 GPU = torch.cuda.is_available()

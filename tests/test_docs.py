@@ -24,7 +24,11 @@ from tolerances import TINY_KL_RELATIVE, assert_relative, assert_within_budget
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-SOURCES = [path for folder in ("fused_tdpo", "kernels", "tests", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
+SOURCES = [
+    path
+    for folder in ("fused_tdpo", "fused_tdpo/functions", "kernels", "tests", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.py"))
+]
 
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
@@ -95,7 +99,7 @@ def test_the_swap_changes_nothing():
     assert_within_budget("weights", after, before, before, torch.full_like(before, 1e-6, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", ["", ".losses", ".ops", ".functions", ".reference", ".types"])
+@pytest.mark.parametrize("name", ["", ".losses", ".linear_losses", ".heads", ".ops", ".functions", ".reference", ".types"])
 def test_docstring_examples(name: str):
     assert doctest.testmod(importlib.import_module(f"fused_tdpo{name}")).failed == 0
 
@@ -122,13 +126,18 @@ def defaults(function: object) -> dict[str, str]:
         ("token_stats", [fused_tdpo.token_stats]),
         ("losses", [fused_tdpo.TDPOLoss, fused_tdpo.DPOLoss]),
         ("call", [fused_tdpo.TDPOLoss.forward]),
+        ("linear", [fused_tdpo.linear_token_stats, fused_tdpo.LinearTDPOLoss, fused_tdpo.LinearDPOLoss]),
     ],
 )
 def test_options_tables_equal_the_signatures(name: str, functions: list):
     rows = list(table(name))
     assert all(row[-1] for row in rows), "an option without a meaning"
     for column, function in enumerate(functions, 1):
-        assert {row[0]: row[column] for row in rows if row[column] != "–"} == defaults(function)
+        shown, options = {row[0]: row[column] for row in rows if row[column] != "–"}, defaults(function)
+        if name == "linear":  # what they share with their counterparts is in those tables
+            counterpart = getattr(fused_tdpo, function.__name__.replace("linear_", "").replace("Linear", ""))
+            options = {option: default for option, default in options.items() if option not in defaults(counterpart)}
+        assert shown == options
 
 
 def test_names_that_are_results_are_listed():

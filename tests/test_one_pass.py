@@ -357,7 +357,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_declaration_gives_nan_and_not_a_wrong_gradient(name: str):
-    """Only for pairs that need it: in a group of whole pairs nothing that is declared is used, but for a KL without a slope."""
+    """Of long pairs, which rest on it."""
     problem = make_problem([(5, 4), (6, 7)], seed=2)
     inputs = problem.inputs((True, True, False, False, False))
     total, losses, *_ = engine(problem, WRONG[name], 4, inputs)
@@ -366,6 +366,13 @@ def test_a_wrong_declaration_gives_nan_and_not_a_wrong_gradient(name: str):
     assert losses[1].isnan()
     assert inputs[0].grad[problem.labels != IGNORE].isnan().any()
     assert inputs[1].grad.isnan().any()
+
+
+def test_groups_believe_only_that_a_kl_has_no_slope():
+    problem = make_problem([(5, 4), (6, 7)], seed=2)
+    for name, objective in WRONG.items():
+        total, *_ = engine(problem, objective, 1000, problem.inputs((True, True, False, False, False)))
+        assert total.isnan() == (name == "a KL that is not declared"), name
 
 
 # ----------------------------------------------------------------------------------------------------------- products, counted
@@ -379,11 +386,19 @@ def units(run: Callable[[], object], shape: tuple[int, int, int]) -> float:
     return products.units(*shape)
 
 
-@pytest.mark.parametrize("rows", [8, 24, 1000], ids=["long", "mixed", "groups"])
+@pytest.mark.parametrize(
+    ("layout", "rows"),
+    [
+        pytest.param([(13, 9), (7, 5), (20, 30), (2, 3)], 8, id="long"),
+        pytest.param([(13, 9), (7, 5), (20, 30), (2, 3)], 24, id="mixed"),
+        pytest.param([(13, 9), (7, 5), (20, 30), (2, 3)], 1000, id="groups"),
+        pytest.param([(20, 30)], 12, id="one long pair"),
+    ],
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_units(name: str, rows: int):
+def test_units(name: str, layout: list[tuple[int, int]], rows: int):
     """Exactly 4 with a trained head, 3 with a frozen one, 2 without gradients; each gradient that is not needed is one less."""
-    problem = make_problem([(13, 9), (7, 5), (20, 30), (2, 3)], **WIDE)
+    problem = make_problem(layout, **WIDE)
 
     def run(*needs: bool) -> Callable[[], object]:
         inputs = problem.inputs((*needs, False, False))

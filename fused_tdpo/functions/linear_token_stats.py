@@ -48,8 +48,14 @@ _OPTIONS = (
 _MODELS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor labels"
 
 
-def make_tiles(models: tuple[Any, ...], options: LinearOptions, with_ref: bool = True) -> Tiles:
-    """Of hidden, weight, bias, the same of the reference, and labels."""
+def _options(arguments: tuple[Any, ...], start: int) -> tuple[LinearOptions, tuple[Any, ...]]:
+    """Those among the positional arguments of an op, and what comes after them."""
+    stop = start + len(LinearOptions._fields)
+    return LinearOptions(*arguments[start:stop]), arguments[stop:]
+
+
+def make_tiles(models: tuple[Any, ...], options: LinearOptions, count: int, with_ref: bool = True) -> Tiles:
+    """Of hidden, weight, bias, the same of the reference, and labels, of which `count` are not ignored."""
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels = models
     o = options
     policy = projection(hidden, weight, bias, o.scale, o.softcap or None, o.V, o.dtype, o.logits_dtype)
@@ -57,7 +63,7 @@ def make_tiles(models: tuple[Any, ...], options: LinearOptions, with_ref: bool =
     if ref_hidden is not None and with_ref:
         ref = projection(ref_hidden, ref_weight, ref_bias, o.ref_scale, o.ref_softcap or None, o.V, o.ref_dtype, o.logits_dtype)
     common: dict[str, Any] = {"ignore_index": o.ignore_index, "temperature": o.temperature, "backend": o.backend}
-    return Tiles(policy, ref, labels.to(torch.int64), min(o.rows, max(1, len(labels))), **common)
+    return Tiles(policy, ref, labels.to(torch.int64), min(o.rows, count), **common)
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:
@@ -77,9 +83,8 @@ def linear_token_stats_fwd(*arguments) -> list[Tensor]:  # type: ignore[no-untyp
     Rows that count come first in `order`, `count` of them; `saved` and directions are in that order. `valid_rows` is `count`
     where the caller knows it, else -1. `directions` is 0, 1 (of logp) or 2 (of logp and kl).
     """
-    models, options = arguments[:7], LinearOptions(*arguments[7 : 7 + len(LinearOptions._fields)])
-    extras, check_labels, valid_rows, directions, padded = arguments[7 + len(LinearOptions._fields) :]
-    hidden, ref_hidden, labels = models[0], models[3], models[6]
+    options, (extras, check_labels, valid_rows, directions, padded) = _options(arguments, 7)
+    models = hidden, _, _, ref_hidden, _, _, labels = arguments[:7]
     with no_autocast(hidden):
         if check_labels:
             check_labels_in_range(labels, options.V, options.ignore_index)
@@ -88,7 +93,7 @@ def linear_token_stats_fwd(*arguments) -> list[Tensor]:  # type: ignore[no-untyp
         counted = (~ignored).sum()
         count = host_counts(counted[None])[0] if valid_rows < 0 else valid_rows
         wrong = check_valid_rows(counted, count, options.ignore_index)
-        tiles = make_tiles(models, options)
+        tiles = make_tiles(models, options, count)
         names = [*(POLICY_STATS if ref_hidden is None else PAIR_STATS), *(extras.split(",") if extras else ())]
         dtype = stats_dtype(options, ref_hidden)
         out = {name: torch.zeros(len(labels), dtype=dtype, device=labels.device) for name in names}
@@ -117,9 +122,8 @@ def linear_token_stats_fwd(*arguments) -> list[Tensor]:  # type: ignore[no-untyp
 
 @linear_token_stats_fwd.register_fake
 def _(*arguments):  # type: ignore[no-untyped-def]
-    options = LinearOptions(*arguments[7 : 7 + len(LinearOptions._fields)])
-    extras, _, valid_rows, directions, padded = arguments[7 + len(LinearOptions._fields) :]
-    hidden, ref_hidden, labels = arguments[0], arguments[3], arguments[6]
+    options, (extras, _, valid_rows, directions, padded) = _options(arguments, 7)
+    hidden, _, _, ref_hidden, _, _, labels = arguments[:7]
     N, dtype = len(labels), stats_dtype(options, ref_hidden)
     count = len(POLICY_STATS if ref_hidden is None else PAIR_STATS) + (len(extras.split(",")) if extras else 0)
     stats = [hidden.new_empty(N, dtype=dtype) for _ in range(count)]
@@ -144,12 +148,11 @@ def stats_dtype(options: LinearOptions, ref_hidden: Tensor | None) -> torch.dtyp
 )
 def linear_token_stats_bwd(*arguments) -> list[Tensor]:  # type: ignore[no-untyped-def]
     """The gradients that are needed, of hidden (N, D), weight and bias, each in the dtype of what it belongs to."""
+    options, (need_hidden, need_weight, need_bias) = _options(arguments, 12)
     models, (saved, order, count, g_logp, g_kl) = arguments[:7], arguments[7:12]
-    options = LinearOptions(*arguments[12 : 12 + len(LinearOptions._fields)])
-    need_hidden, need_weight, need_bias = arguments[12 + len(LinearOptions._fields) :]
     hidden, weight, bias = models[:3]
     with no_autocast(hidden):
-        tiles = make_tiles(models, options, with_ref=g_kl is not None)
+        tiles = make_tiles(models, options, int(count), with_ref=g_kl is not None)
         d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
         total = HeadSums(tiles.policy, need_weight, need_bias)
         g_logp, g_kl = (None if g is None else g.to(saved.dtype) for g in (g_logp, g_kl))
@@ -172,7 +175,7 @@ def linear_token_stats_bwd(*arguments) -> list[Tensor]:  # type: ignore[no-untyp
 
 @linear_token_stats_bwd.register_fake
 def _(*arguments):  # type: ignore[no-untyped-def]
-    needs = arguments[12 + len(LinearOptions._fields) :]
+    _, needs = _options(arguments, 12)
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in zip(arguments[:3], needs, strict=True) if need
     ]

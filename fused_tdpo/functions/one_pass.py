@@ -159,7 +159,7 @@ class Sweep:
         P, S, device = len(pair_lengths), len(job.lengths), hidden.device
         if self.trained:
             self.plan = plan_pairs(pair_lengths, self.options.rows)
-        else:  # nothing is summed over rows, so chunks may end anywhere
+        else:  # nothing is summed over rows: chunks may end anywhere, and all pairs go as one long one
             self.plan = Plan(list(range(P)), [Group(slice(0, P), slice(0, self.n), is_long=True)])
         self.pair_lengths = [pair_lengths[pair] for pair in self.plan.pairs]
         sequences = [sequence for pair in self.plan.pairs for sequence in job.sequences[pair]]
@@ -169,7 +169,7 @@ class Sweep:
         place = rank[job.sequence_ids].masked_fill(job.labels == self.options.ignore_index, S)
         self.order = torch.argsort(place, stable=True)[: self.n]
 
-        self.tiles = make_tiles((hidden, weight, bias, *job.ref, job.labels), self.options)
+        self.tiles = make_tiles((hidden, weight, bias, *job.ref, job.labels), self.options, self.n)
         self.like: dict[str, Any] = {"dtype": stats_dtype(self.options, job.ref[0]), "device": device}
         self.stats = {name: torch.zeros(self.n, **self.like) for name in (POLICY_STATS if job.ref[0] is None else PAIR_STATS)}
         self.w, self.v = (
@@ -194,11 +194,13 @@ class Sweep:
             else:
                 saved = self._fold(group.rows)
                 self._differentiate(group)
+                if not self.kl_turns:  # all that is believed here: that the KL has no slope
+                    self._verify(group)
                 g_logp, g_kl = self._by_row(group, *self.slopes[:, :, group.pairs])
                 self._turn(group.rows, saved, g_logp, g_kl, self.head)
 
     def _along_directions(self, group: Group) -> None:
-        """Rows whose slopes are known only afterwards."""
+        """Rows whose slopes are known only afterwards: those of one long pair, or with a frozen head of all pairs."""
         R = torch.ones((2, group.pairs.stop - group.pairs.start), **self.like)
         parts, form = [group.rows], self.objective.form
         if self.trained:
@@ -305,8 +307,9 @@ class Sweep:
                 self.slopes[:, :, group.pairs] = torch.stack(slopes)
         self.losses[group.pairs] = losses.detach()
 
-    def _verify(self, group: Group, R: Tensor | None, early: Tensor | None) -> None:
-        """Losses and slopes become NaN where the objective is not what it has declared."""
+    def _verify(self, group: Group, R: Tensor | None = None, early: Tensor | None = None) -> None:
+        """Losses and slopes become NaN where the objective is not what it has declared: in its slopes of K, in those of R if
+        they are given, in the chosen sequence's slopes if they have been taken early."""
         slopes = self.slopes[:, :, group.pairs]
         claims = [(slopes[1], slopes[0] * self.b)]
         if R is not None:
