@@ -98,12 +98,17 @@ def check_options(temperature: float, divergence: str, divergence_alpha: float |
         raise ValueError(f"divergence_alpha belongs to divergence='alpha'; got {divergence_alpha!r} with {divergence!r}")
 
 
-def check_vocab_size(policy_width: int, ref_width: int | None, vocab_size: int | None) -> int:
+def check_vocab_size(
+    policy_width: int,
+    ref_width: int | None,
+    vocab_size: int | None,
+    names: tuple[str, str] = ("policy_logits", "ref_logits"),
+) -> int:
     """The number of columns to use of a policy and a reference of these widths."""
     if vocab_size is None:
         if ref_width is not None and ref_width != policy_width:
             raise ValueError(
-                f"policy_logits and ref_logits have different vocabulary widths, {policy_width} and {ref_width}. If one is "
+                f"{names[0]} and {names[1]} have different vocabulary widths, {policy_width} and {ref_width}. If one is "
                 f"padded, pass vocab_size (at most {min(policy_width, ref_width)}), the number of real tokens."
             )
         return policy_width
@@ -116,14 +121,14 @@ def check_vocab_size(policy_width: int, ref_width: int | None, vocab_size: int |
     return vocab_size
 
 
-def check_extras(extras: Sequence[str], has_ref: bool) -> None:
+def check_extras(extras: Sequence[str], has_ref: bool, ref: str = "ref_logits") -> None:
     """Known names, each once, and a reference for those about it."""
     if isinstance(extras, str) or any(name not in EXTRAS for name in extras):
         raise ValueError(f"extras must be a sequence of names among {', '.join(map(repr, EXTRAS))}; got {extras!r}")
     if len(set(extras)) != len(extras):
         raise ValueError(f"extras names a field twice: {extras!r}")
     if not has_ref and any(name in REF_EXTRAS for name in extras):
-        raise ValueError(f"extras {', '.join(map(repr, REF_EXTRAS))} need ref_logits; got ref_logits=None")
+        raise ValueError(f"extras {', '.join(map(repr, REF_EXTRAS))} need {ref}; got {ref}=None")
 
 
 def check_labels_in_range(labels: Tensor, V: int, ignore_index: int) -> None:
@@ -166,8 +171,13 @@ def check_hidden(name: str, hidden: Tensor, head_name: str, weight: Tensor, labe
             raise ValueError(
                 f"{other} must be on the device of {name}, {hidden.device}; got {describe(tensor)}. Move it there with .to()."
             )
-    if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
-        return torch.get_autocast_dtype(hidden.device.type)
+    device = hidden.device.type
+    if (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and torch.float64 not in (hidden.dtype, weight.dtype)
+    ):
+        return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:
         raise TypeError(
             f"{name} and {head_name} must have the same dtype outside autocast; got {hidden.dtype} and {weight.dtype}. Cast "

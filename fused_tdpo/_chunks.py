@@ -80,11 +80,11 @@ def host_counts(counts: Tensor) -> list[int]:
     return counts.tolist()
 
 
-def as_counts(valid_rows: object, sequences: int) -> list[int]:
+def as_counts(valid_rows: object, sequences: int, rows: int) -> list[int]:
     """`valid_rows` as the caller gave it: (S,) numbers of rows, on the host.
 
     Raises:
-        ValueError: not that many numbers >= 0.
+        ValueError: not that many numbers >= 0, or more than there are rows.
     """
     given = host_counts(valid_rows) if isinstance(valid_rows, Tensor) else valid_rows
     numbers = list(given) if isinstance(given, (list, tuple, torch.Size)) else None
@@ -93,4 +93,6 @@ def as_counts(valid_rows: object, sequences: int) -> list[int]:
             f"valid_rows must be {sequences} integers >= 0, one for each sequence: the number of its labels, the first one "
             f"left out, that are not ignore_index; got {valid_rows!r}. Leave it out to have them counted, which synchronises."
         )
+    if sum(numbers) > rows:
+        raise ValueError(f"valid_rows says that {sum(numbers)} labels count, of {rows}; got {numbers}")
     return numbers

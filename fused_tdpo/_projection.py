@@ -101,14 +101,11 @@ def projection(
     return Projection(hidden.detach(), weight, bias, scale, softcap, tile_dtype(dtype, logits_dtype))
 
 
-def same_head(policy: Projection, ref: Projection) -> bool:
-    """Whether both models' logits may come from one product: the same memory, read alike."""
-
-    def identity(model: Projection) -> tuple:
-        tensors = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (model.weight, model.bias) if t is not None]
-        return tensors, model.scale, model.softcap, model.logits_dtype
-
-    return identity(policy) == identity(ref)
+def same_memory(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether both are absent, or the same numbers at the same place."""
+    if a is None or b is None:
+        return a is b
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
 
 
 def row_bytes(
@@ -150,7 +147,7 @@ class Tiles:
             "temperature": temperature,
             "softcaps": (policy.softcap, None if ref is None else ref.softcap),
         }
-        self.shared = ref is not None and same_head(policy, ref)
+        self.shared = ref is not None and ref.weight is policy.weight  # one product makes both models' logits
         self._x = self._buffer(policy.logits_dtype, 2 * rows if self.shared else rows)
         self._z = None if ref is None or self.shared else self._buffer(ref.logits_dtype, rows)
         self._rows = rows

@@ -8,6 +8,7 @@ A unit is a product of N rows × V × D. `fused_tdpo.functions.one_pass` tells h
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, log2
 from typing import Any, Literal
 
 import torch
@@ -17,8 +18,8 @@ from fused_tdpo._backends import choose_backend
 from fused_tdpo._checks import check_chunks
 from fused_tdpo._chunks import as_counts, host_counts
 from fused_tdpo._layout import SequenceLayout
-from fused_tdpo._projection import wide
-from fused_tdpo.functions.one_pass import Job, Objective, OnePassFunction, Sums, upload
+from fused_tdpo.functions.one_pass import Job, Objective, OnePassFunction, Sums, own_autograd, upload
+from fused_tdpo.functions.token_stats import stats_dtype
 from fused_tdpo.heads import LMHead
 from fused_tdpo.losses import PAIR_FORMS, DPOLoss, PreferenceLoss, TDPOLoss
 from fused_tdpo.ops import LinearInputs, linear_inputs, linear_options, linear_stats
@@ -27,12 +28,8 @@ from fused_tdpo.types import Engine, PreferenceOutput
 ENGINES = ("auto", "one_pass", "recompute")
 
 
-def choose_engine(engine: str, backend: str, trained: bool, differentiable: bool) -> Engine:
-    """The engine that `engine` means, and why. `"auto"` picks; a name is that one, or an error.
-
-    Args:
-        engine: one of `ENGINES`. backend: the backend that was chosen. trained: whether the head gets a gradient.
-        differentiable: whether anything does.
+def choose_engine(engine: str, backend: str) -> Engine:
+    """The engine that `engine` means with a chosen backend, and why. `"auto"` picks; a name is that one, or an error.
 
     Raises:
         ValueError: an unknown name, or an engine that cannot do it.
@@ -45,13 +42,11 @@ def choose_engine(engine: str, backend: str, trained: bool, differentiable: bool
                 "engine='one_pass' needs a backend that forms gradients itself, and backend='reference' leaves them to "
                 "autograd: use backend='torch', 'triton' or 'auto', or engine='auto'"
             )
-        return Engine("recompute", "backend='reference' is the specification, with whole logits and gradients by autograd")
+        return Engine("recompute", "backend='reference' is the specification: whole logits, and gradients by autograd")
     if engine == "recompute":
-        units = "2 + 4" if trained else "2 + up to 2, with a frozen head," if differentiable else "2, without gradients,"
-        return Engine("recompute", f"asked for: {units} products of N x V x D")
-    units = "4" if trained else "3, with a frozen head," if differentiable else "2, without gradients,"
+        return Engine("recompute", "asked for: the general op, whose logits are made again in backward if the head is trained")
     asked = "asked for" if engine == "one_pass" else "a pair's loss depends on sums over its own two sequences alone"
-    return Engine("one_pass", f"{asked}: {units} products of N x V x D")
+    return Engine("one_pass", f"{asked}: each logit is made once, in forward")
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -68,7 +63,7 @@ class LinearPreferenceLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_chunks(self.max_chunk_bytes, self.logits_dtype)
-        choose_engine(self.engine, self.backend, trained=True, differentiable=True)
+        choose_engine(self.engine, self.backend)
 
     def forward(  # type: ignore[override]
         self,
@@ -108,17 +103,14 @@ class LinearPreferenceLoss(PreferenceLoss):
         layout = self._layout(labels, cu_seqlens, token_weights, kl_weights, ref_logps, num_pairs)
         self._check_reference("ref_hidden", ref_hidden, kl_weights, ref_logps)
         backend, _ = choose_backend(self.backend, labels.device.type, (inputs.dtype, inputs.ref_dtype or inputs.dtype))
-        recorded = torch.is_grad_enabled()
-        trained = recorded and any(t is not None and t.requires_grad for t in (inputs.policy.weight, inputs.policy.bias))
-        differentiable = trained or (recorded and policy_hidden.requires_grad)
-        engine = choose_engine(self.engine, backend, trained, differentiable)
+        engine = choose_engine(self.engine, backend)
         labels = layout.shift(labels, self.ignore_index)
-        counts = layout.sum((labels != self.ignore_index).to(wide(inputs.dtype)))
+        counts = layout.sum((labels != self.ignore_index).to(stats_dtype(inputs.dtype, inputs.ref_dtype)))
         lengths = wrong = None
         if valid_rows is not None:
-            lengths = as_counts(valid_rows, layout.num_sequences)
+            lengths = as_counts(valid_rows, layout.num_sequences, labels.numel())
             wrong = (counts != upload(lengths, labels.device)).any()
-            if labels.device.type == "cpu" and wrong:
+            if labels.device.type == "cpu" and not torch.compiler.is_compiling() and wrong:
                 expected = counts.long().tolist()
                 raise ValueError(
                     f"valid_rows must be the numbers of labels that count in each sequence, {expected}; got {lengths}"
@@ -146,7 +138,7 @@ class LinearPreferenceLoss(PreferenceLoss):
             sums = self._sums(stats, labels, layout, token_weights, kl_weights, ref_logps)
             out = self._output(sums, self.pair_losses(*sums.split(self.interleaved)), num_pairs)
         if wrong is not None:
-            out = out._replace(loss=out.loss * torch.where(wrong, float("nan"), 1.0))
+            out = out._replace(loss=out.loss * torch.where(wrong, float("nan"), 1.0).to(out.loss.dtype))
         return out._replace(engine=engine)
 
     def _one_pass(
@@ -167,8 +159,11 @@ class LinearPreferenceLoss(PreferenceLoss):
         each sequence, `lengths` the same on the host; everything else as it came."""
         policy, ref = inputs.policy, inputs.ref
         counted = labels != self.ignore_index
+        check_labels = options.pop("check_labels")
         static = linear_options(policy_hidden, inputs, both=False, **options)
         known = host_counts(counts.long()) if lengths is None else lengths
+        if min(known, default=0) < 0:  # of NaN, by which the layout marks them
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of rows, {labels.numel()}")
         P = len(known) // 2
         chosen, rejected = (range(0, 2 * P, 2), range(1, 2 * P, 2)) if self.interleaved else (range(P), range(P, 2 * P))
         sequences = list(zip(chosen, rejected, strict=True))
@@ -196,15 +191,27 @@ class LinearPreferenceLoss(PreferenceLoss):
             sequence_ids=layout.sequence_ids(labels).flatten(),
             sequences=sequences,
             lengths=known,
-            objective=Objective(losses, form.kind, self.kl_slopes(), ratios),
+            objective=Objective(losses, form.kind, self.kl_slopes(), ratios, self._gain(known, inputs.dtype)),
             options=static,
-            check_labels=options["check_labels"] or (labels.device.type == "cpu" and static.backend != "triton"),
+            check_labels=check_labels or (labels.device.type == "cpu" and static.backend != "triton"),
             grad_mode=torch.is_grad_enabled(),
         )
         w, v = (None if t is None else self._row_weights(t, counted, layout, counts.dtype).flatten() for t in weights)
         hidden = policy_hidden.reshape(-1, policy_hidden.shape[-1])
         loss, pair_losses, log_ratio, kl, logp = OnePassFunction.apply(hidden, policy.weight, policy.bias, w, v, job)
         return self._output(self._sequence_sums(log_ratio, kl, logp, counts, ref_logps), pair_losses, num_pairs, loss)
+
+    def _gain(self, lengths: list[int], dtype: torch.dtype) -> float:
+        """For float16, the power of two that brings the largest slope of pairs of these lengths, where policy and reference are
+        equal, into (1/2, 1]; 1 for what has exponents enough."""
+        if dtype != torch.float16 or not lengths:
+            return 1.0
+        with own_autograd():
+            zero = torch.zeros(len(lengths), dtype=torch.float64, requires_grad=True)
+            sums = self._sequence_sums(zero, zero.detach(), zero.detach(), torch.tensor(lengths).double(), None)
+            (slopes,) = torch.autograd.grad(self.pair_losses(*sums.split(self.interleaved)).sum(), zero)
+        largest = float(slopes.abs().max())
+        return 2.0 ** -ceil(log2(largest)) if largest > 0 else 1.0
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

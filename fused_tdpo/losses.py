@@ -6,7 +6,7 @@ Only `token_stats` sees the vocabulary. TDPO is DPO on *effective* log-ratios, w
 pair losses serves both. Letters: P pairs, S = 2P sequences, T positions, V vocabulary; log-probabilities and KL in nats.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from numbers import Real
@@ -208,7 +208,7 @@ class PreferenceLoss(nn.Module):
         kl_weights: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         num_pairs: float | Tensor | None = None,
-        valid_rows: int | Tensor | None = None,
+        valid_rows: Sequence[int] | Tensor | None = None,
         ref_logps: Tensor | None = None,
     ) -> PreferenceOutput:
         """Loss of P pairs from the logits of S = 2P sequences. Shifts the labels, not the logits; does not synchronise.

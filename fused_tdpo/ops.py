@@ -1,6 +1,7 @@
 """The public ops, from logits and from hidden states: check, choose a backend, call."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,8 @@ from fused_tdpo._checks import (
 )
 from fused_tdpo._chunks import rows_per_chunk
 from fused_tdpo._projection import row_bytes
-from fused_tdpo.functions.linear_token_stats import LinearOptions, LinearTokenStatsFunction
-from fused_tdpo.functions.token_stats import PAIR_STATS, POLICY_STATS, TokenStatsFunction
+from fused_tdpo.functions.linear_token_stats import LinearOptions, LinearTokenStatsFunction, no_autocast
+from fused_tdpo.functions.token_stats import TokenStatsFunction, stat_names
 from fused_tdpo.heads import LMHead
 from fused_tdpo.reference import linear_token_stats_reference, token_stats_reference
 from fused_tdpo.types import TokenStats
@@ -105,7 +106,7 @@ def token_stats(
             f"inplace_backward needs rows of their own, and policy_logits is expanded: strides {policy_logits.stride()}. "
             "Call .contiguous(), or leave inplace_backward off."
         )
-    names = (*(POLICY_STATS if ref_logits is None else PAIR_STATS), *extras)
+    names = stat_names(ref_logits is not None, ",".join(extras))
     stats = TokenStatsFunction.apply(
         policy_logits,
         None if ref_logits is None else ref_logits.detach(),
@@ -162,7 +163,7 @@ def linear_inputs(
             raise ValueError(
                 f"vocab_size is {vocab_size}, but that of {name} is {head.vocab_size}: set it once, or to the same number"
             )
-    V = check_vocab_size(policy.width, None if ref is None else ref.width, vocab_size)
+    V = check_vocab_size(policy.width, None if ref is None else ref.width, vocab_size, ("policy_head", "ref_head"))
     return LinearInputs(policy, ref, V, dtype, ref_dtype)
 
 
@@ -208,14 +209,15 @@ def linear_token_stats(
         policy_head: its head: a weight (V, D), or an `LMHead`. `policy_hidden`, weight and bias get a gradient each where they
             require one.
         ref_hidden, ref_head: the same of the reference, whose D and dtype may differ; or None for both. They never get a
-            gradient. Where both models have one head, as with adapters, pass the same tensors: one product a chunk serves both.
+            gradient; make them under `torch.no_grad()` (autograd refuses to save tensors of `torch.inference_mode()`). Where
+            both models have one head, as with adapters, pass the same tensors: one product a chunk then serves both.
         labels: (...) int64 or int32, aligned: `labels[i]` is the token that `policy_hidden[i]` predicts; nothing is shifted.
         ignore_index, temperature, vocab_size, divergence, divergence_alpha, extras, check_labels, backend: as in `token_stats`.
             `vocab_size` must agree with an `LMHead`'s own.
         inplace_backward: without effect, since a chunk's logits are always overwritten; accepted so that calls may be shared.
         max_chunk_bytes: bound on all logit-sized buffers of both models together, at least one row; the default is 2,048 rows
             or D, if more, for a trained head, and 1,024 for a frozen one. Outside it are N·D numbers for each direction, and
-            for a trained head V·D float32 numbers of its gradient.
+            for a trained head V·D float32 numbers of its gradient. Under autocast a float32 head is cast whole, once a call.
         logits_dtype: torch.float32 keeps logits of half-precision products in float32, for an accurate KL near 0.
         valid_rows: how many labels are not `ignore_index`. Without it they are counted, which is the one synchronisation. Wrong
             numbers raise on a CPU, and give NaN on a GPU.
@@ -229,7 +231,7 @@ def linear_token_stats(
     """
     inputs = linear_inputs(policy_hidden, policy_head, ref_hidden, ref_head, labels, vocab_size)
     check_options(temperature, divergence, divergence_alpha)
-    check_extras(extras, has_ref=inputs.ref is not None)
+    check_extras(extras, has_ref=inputs.ref is not None, ref="ref_hidden")
     check_chunks(max_chunk_bytes, logits_dtype)
     if valid_rows is not None and not (isinstance(valid_rows, int) and 0 <= valid_rows <= labels.numel()):
         raise ValueError(
@@ -266,12 +268,19 @@ def linear_stats(
     if backend == "reference":
         if check_labels:
             check_labels_in_range(labels, inputs.V, ignore_index)
+        with no_autocast(labels):  # its casts are made by hand, since logits_dtype may undo them
+            stats = linear_token_stats_reference(
+                policy_hidden.to(inputs.dtype), _cast(policy, inputs.dtype),
+                None if ref_hidden is None else ref_hidden.to(inputs.ref_dtype), _cast(ref, inputs.ref_dtype), labels,
+                ignore_index=ignore_index, temperature=temperature, vocab_size=inputs.V, extras=extras,
+                logits_dtype=logits_dtype,
+            )  # fmt: skip
         if valid_rows is not None:
-            check_valid_rows((labels != ignore_index).sum(), valid_rows, ignore_index)
-        return linear_token_stats_reference(
-            policy_hidden, policy, ref_hidden, ref, labels, ignore_index=ignore_index, temperature=temperature,
-            vocab_size=inputs.V, extras=extras, logits_dtype=logits_dtype,
-        )  # fmt: skip
+            wrong = check_valid_rows((labels != ignore_index).sum(), valid_rows, ignore_index)
+            poison = torch.where(wrong, float("nan"), 0.0)
+            named = {name: stat + poison.to(stat.dtype) for name, stat in stats._asdict().items() if stat is not None}
+            stats = TokenStats(**named)
+        return stats
     both = ref is not None and kl_gradient
     options = linear_options(
         policy_hidden, inputs, ignore_index=ignore_index, temperature=temperature, backend=backend, logits_dtype=logits_dtype,
@@ -292,8 +301,14 @@ def linear_stats(
         kl_gradient,
         torch.is_grad_enabled(),
     )
-    names = (*(POLICY_STATS if ref is None else PAIR_STATS), *extras)
+    names = stat_names(ref is not None, ",".join(extras))
     return TokenStats(**{name: stat.view(labels.shape) for name, stat in zip(names, stats, strict=True)})
+
+
+def _cast(head: LMHead | None, dtype: torch.dtype | None) -> LMHead | None:
+    if head is None or dtype is None or head.weight.dtype == dtype:
+        return head
+    return replace(head, weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
 
 
 def linear_options(
@@ -306,7 +321,6 @@ def linear_options(
     max_chunk_bytes: int | None,
     logits_dtype: torch.dtype | None,
     both: bool,
-    check_labels: bool = False,
 ) -> LinearOptions:
     """What is static in a call. `both`: a frozen head's directions of logp and of kl are wanted."""
     policy, ref, V, dtype, ref_dtype = inputs

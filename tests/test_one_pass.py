@@ -642,3 +642,90 @@ def test_levels_are_kin():
     assert issubclass(LinearTDPOLoss, TDPOLoss)
     assert issubclass(LinearDPOLoss, DPOLoss)
     assert isinstance(LMHead(torch.zeros(3, 2)).width, int)
+
+
+def test_float16_keeps_small_probabilities_times_small_slopes():
+    """Means over many tokens make slopes of 1e-4; times a p of 1e-4 that is 0 in float16, and a loss scale comes later."""
+    S, T, V, D = 4, 100, 20_000, 16
+    hidden, ref_hidden = (torch.randn(S, T, D) for _ in range(2))
+    weight, ref_weight = (0.3 * torch.randn(V, D) for _ in range(2))
+    labels = torch.randint(V, (S, T))
+    found = []
+    for dtype, options in (
+        (fp64, {}),
+        (torch.float16, {"engine": "recompute"}),
+        (torch.float16, {}),
+        (torch.float16, {"max_chunk_bytes": 30 * V * 4}),
+    ):
+        leaves = [t.half().to(dtype).requires_grad_() for t in (hidden, weight)]
+        loss = LinearTDPOLoss(average_log_prob=True, **options)
+        out = loss(*leaves, ref_hidden.half().to(dtype), ref_weight.half().to(dtype), labels)
+        found.append([g.double() / 2**14 for g in torch.autograd.grad(out.loss, leaves, torch.full_like(out.loss, 2.0**14))])
+    exact, recompute, *one_pass = found
+    for way in one_pass:
+        for got, plain, truth in zip(way, recompute, exact, strict=True):
+            assert (got - truth).norm() <= 1.5 * (plain - truth).norm() + 1e-4 * truth.norm()
+
+
+@pytest.mark.parametrize("rows", [4, 1000], ids=["long", "groups"])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_a_saturated_pair_is_no_wrong_declaration(trained: bool, rows: int):
+    """Its slopes are below the normal numbers, where means over 7 and over 3 tokens round apart."""
+    model = make_model(S=2, T=12)
+    model.labels[:, 1:] = IGNORE
+    model.labels[0, 2:9], model.labels[1, 2:5] = 1, 2  # 7 tokens and 3
+    options = {"average_log_prob": True, "max_chunk_bytes": rows * 2 * 48 * 4}
+    tensors = list(vars(model).values())
+    margin = float(LinearTDPOLoss(1.0, reward="effective", **options)(*tensors).metrics["rewards/margins"])
+    if margin < 0:  # then the other one is chosen
+        tensors = [t if len(t) == 48 else t.flip(0) for t in tensors]
+    slopes = []
+    for z in range(84, 106):  # e^-87 is the smallest normal number of float32, e^-103 the smallest there is
+        hidden, weight, *others = tensors
+        hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        out = LinearTDPOLoss(z / abs(margin), **options)(hidden, weight, *others)
+        out.loss.backward()
+        assert out.loss.isfinite(), z
+        assert hidden.grad.isfinite().all(), z
+        slopes.append(float(hidden.grad.abs().max()))
+    assert slopes[0] > 1e-37 > slopes[-2], "the test itself is wrong: these pairs are not that saturated"
+
+
+def test_a_shared_head_is_shared_under_autocast():
+    model = make_model().shared()
+    with counted_products() as counted, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        LinearTDPOLoss()(model.hidden, model.weight, model.ref_hidden, model.weight, model.labels)
+    assert len(counted.flops) == 1
+
+
+def test_more_rows_than_there_are_cannot_count():
+    """Refused on the host, on any device."""
+    model = make_model()
+    with pytest.raises(ValueError, match="valid_rows"):
+        LinearTDPOLoss()(*vars(model).values(), valid_rows=[100, 0, 0, 0])
+
+
+def test_counts_leave_the_loss_its_dtype():
+    model = make_model()
+    given = (model.labels[:, 1:] != IGNORE).sum(-1).tolist()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert LinearTDPOLoss()(*vars(model).values(), valid_rows=given).loss.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_meta_tensors():
+    model = {name: t.to("meta") for name, t in vars(make_model()).items()}
+    stats = linear_token_stats(*model.values(), valid_rows=7)
+    assert stats.kl.shape == model["labels"].shape
+    assert LinearTDPOLoss(engine="recompute")(*model.values(), valid_rows=[1, 2, 3, 4]).loss.is_meta
+
+
+def test_fullgraph_with_counts():
+    model = make_model()
+    given = (model.labels[:, 1:] != IGNORE).sum(-1).tolist()
+    loss = LinearTDPOLoss(engine="recompute")
+    step = torch.compile(lambda *tensors: loss(*tensors, valid_rows=given).loss, fullgraph=True, backend="aot_eager")
+    expected = loss(*vars(model).values()).loss
+    assert_within_budget("loss", step(*vars(model).values()), expected, expected, 1e-6 * expected.double())

@@ -9,6 +9,8 @@ into statistics, and forgotten. What backward needs of them depends on the head:
   while it has the logits, and backward is d_hidden = g_logp·U^logp + g_kl·U^kl. 2 + 1 units, or 2 + 2 with the KL's.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +18,8 @@ from torch import Tensor
 
 from fused_tdpo._checks import check_labels_in_range, check_valid_rows
 from fused_tdpo._chunks import host_counts, split
-from fused_tdpo._projection import HeadSums, Projection, Tiles, head_gradient, projection, wide
-from fused_tdpo.functions.token_stats import PAIR_STATS, POLICY_STATS
+from fused_tdpo._projection import HeadSums, Projection, Tiles, head_gradient, projection, same_memory, wide
+from fused_tdpo.functions.token_stats import stat_names, stats_dtype
 
 
 class LinearOptions(NamedTuple):
@@ -61,14 +63,21 @@ def make_tiles(models: tuple[Any, ...], options: LinearOptions, count: int, with
     policy = projection(hidden, weight, bias, o.scale, o.softcap or None, o.V, o.dtype, o.logits_dtype)
     ref: Projection | None = None
     if ref_hidden is not None and with_ref:
-        ref = projection(ref_hidden, ref_weight, ref_bias, o.ref_scale, o.ref_softcap or None, o.V, o.ref_dtype, o.logits_dtype)
+        alike = (o.scale, o.softcap, o.dtype) == (o.ref_scale, o.ref_softcap, o.ref_dtype)
+        if alike and same_memory(weight, ref_weight) and same_memory(bias, ref_bias):  # of tensors as given: a cast copies
+            ref = replace(policy, hidden=ref_hidden.detach())
+        else:
+            ref = projection(
+                ref_hidden, ref_weight, ref_bias, o.ref_scale, o.ref_softcap or None, o.V, o.ref_dtype, o.logits_dtype
+            )
     common: dict[str, Any] = {"ignore_index": o.ignore_index, "temperature": o.temperature, "backend": o.backend}
     return Tiles(policy, ref, labels.to(torch.int64), min(o.rows, count), **common)
 
 
-def no_autocast(tensor: Tensor) -> torch.autocast:
+def no_autocast(tensor: Tensor) -> AbstractContextManager:
     """Dtypes were resolved by hand: nothing below is to be cast again."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @torch.library.custom_op(
@@ -94,8 +103,8 @@ def linear_token_stats_fwd(*arguments) -> list[Tensor]:  # type: ignore[no-untyp
         count = host_counts(counted[None])[0] if valid_rows < 0 else valid_rows
         wrong = check_valid_rows(counted, count, options.ignore_index)
         tiles = make_tiles(models, options, count)
-        names = [*(POLICY_STATS if ref_hidden is None else PAIR_STATS), *(extras.split(",") if extras else ())]
-        dtype = stats_dtype(options, ref_hidden)
+        names = stat_names(ref_hidden is not None, extras)
+        dtype = stats_dtype(options.dtype, options.ref_dtype)
         out = {name: torch.zeros(len(labels), dtype=dtype, device=labels.device) for name in names}
         saved = torch.zeros((4, len(labels)), dtype=dtype, device=labels.device)
         kept = [
@@ -124,20 +133,15 @@ def linear_token_stats_fwd(*arguments) -> list[Tensor]:  # type: ignore[no-untyp
 def _(*arguments):  # type: ignore[no-untyped-def]
     options, (extras, _, valid_rows, directions, padded) = _options(arguments, 7)
     hidden, _, _, ref_hidden, _, _, labels = arguments[:7]
-    N, dtype = len(labels), stats_dtype(options, ref_hidden)
-    count = len(POLICY_STATS if ref_hidden is None else PAIR_STATS) + (len(extras.split(",")) if extras else 0)
+    N, dtype = len(labels), stats_dtype(options.dtype, options.ref_dtype)
+    count = len(stat_names(ref_hidden is not None, extras))
     stats = [hidden.new_empty(N, dtype=dtype) for _ in range(count)]
     rows = N if padded else valid_rows
-    if rows < 0:
+    if directions and rows < 0:
         rows = torch.library.get_ctx().new_dynamic_size()
     kept = [hidden.new_empty((rows, hidden.shape[1]), dtype=options.dtype) for _ in range(directions)]
     order = labels.new_empty(N, dtype=torch.int64)
     return [*stats, hidden.new_empty((4, N), dtype=dtype), order, torch.empty((), dtype=torch.int64, device="cpu"), *kept]
-
-
-def stats_dtype(options: LinearOptions, ref_hidden: Tensor | None) -> torch.dtype:
-    """float64 where either model's products are, else float32."""
-    return wide(options.dtype if ref_hidden is None else torch.promote_types(options.dtype, options.ref_dtype))
 
 
 @torch.library.custom_op(
@@ -198,7 +202,7 @@ class LinearTokenStatsFunction(torch.autograd.Function):
     """Differentiable `linear_token_stats` on checked arguments: `(logp[, ref_logp, kl], *extras)`, each (N,).
 
     `logp` and `kl` carry gradients to the policy's `hidden`, `weight` and `bias`, each where it requires one. Saves those and
-    the reference's, four numbers a row, and with a frozen head the directions. Call it through
+    the reference's, and four numbers a row; with a frozen head the directions instead. Call it through
     `fused_tdpo.linear_token_stats`, which checks and names.
 
     Args of `apply`, all positional:
@@ -206,7 +210,7 @@ class LinearTokenStatsFunction(torch.autograd.Function):
             reference, or None. labels: (N,) int32 or int64, aligned.
         options: `LinearOptions`. extras: comma-separated names. check_labels: whether to look at the labels' values, and raise.
         valid_rows: how many labels are not ignored; -1 has them counted, which synchronises.
-        kl_gradient: False promises that the KL's gradient is never asked for, which saves a frozen head a unit.
+        kl_gradient: whether the KL carries a gradient; without, a frozen head takes one unit less.
         grad_mode: whether autograd recorded at the call; it never does in here.
     """
 
@@ -236,7 +240,7 @@ class LinearTokenStatsFunction(torch.autograd.Function):
         found = torch.ops.fused_tdpo.linear_token_stats_fwd(
             *models, *options, extras, check_labels, valid_rows, directions, padded
         )
-        names = len(POLICY_STATS if ref_hidden is None else PAIR_STATS) + (len(extras.split(",")) if extras else 0)
+        names = len(stat_names(ref_hidden is not None, extras))
         stats, (saved, order, count, *kept) = found[:names], found[names:]
         ctx.directions, ctx.padded = directions, padded
         if directions:
@@ -246,7 +250,7 @@ class LinearTokenStatsFunction(torch.autograd.Function):
             ctx.save_for_backward(*models, saved, order, count)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        differentiable = (0,) if ref_hidden is None or (directions == 1) else (0, 2)  # logp and kl
+        differentiable = (0, 2) if ref_hidden is not None and kl_gradient else (0,)  # logp and kl
         ctx.with_kl = len(differentiable) > 1
         ctx.mark_non_differentiable(*(stat for i, stat in enumerate(stats) if i not in differentiable))
         return tuple(stats)

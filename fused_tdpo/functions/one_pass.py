@@ -17,7 +17,8 @@ with weights w_t, v_t of the row. Where b_s is known beforehand, as in every los
 The engine knows no loss. It is handed an `Objective`, and differentiates that by autograd, on vectors of pairs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,8 +28,8 @@ from torch import Tensor
 from fused_tdpo._checks import check_labels_in_range
 from fused_tdpo._chunks import Group, Plan, plan_pairs, split
 from fused_tdpo._projection import HeadSums, scaled_head_gradient
-from fused_tdpo.functions.linear_token_stats import LinearOptions, make_tiles, no_autocast, stats_dtype
-from fused_tdpo.functions.token_stats import PAIR_STATS, POLICY_STATS
+from fused_tdpo.functions.linear_token_stats import LinearOptions, make_tiles, no_autocast
+from fused_tdpo.functions.token_stats import stat_names, stats_dtype
 
 SLOPE_TOLERANCE = 1e-3
 """Relative difference of declared and found slopes that rounding may make; beyond it a loss has declared itself wrongly."""
@@ -60,6 +61,9 @@ class Objective(NamedTuple):
     """b of chosen and of rejected sequences: what ∂loss/∂K is, in units of ∂loss/∂R."""
     ratios: list[float]
     """c_l / c_w of each pair, for "margin"; else not looked at."""
+    gain: float = 1.0
+    """A power of two that makes slopes numbers near 1, for float16: p times a small slope is lost there, and a loss scale, as a
+    part of the upstream gradient, comes too late to save it. Forward multiplies by it, backward divides."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +112,7 @@ class OnePassFunction(torch.autograd.Function):
         heads = sweep.head.totals()
         ctx.save_for_backward(sweep.order, sweep.directions, sweep.scales, *heads, *sweep.weight_slopes())
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in (hidden, weight, bias, token_weights, kl_weights)]
-        ctx.needs, ctx.rows, ctx.backend = needs, job.options.rows, job.options.backend
+        ctx.needs, ctx.rows, ctx.backend, ctx.gain = needs, job.options.rows, job.options.backend, job.objective.gain
         total, *rest = sweep.result()
         ctx.mark_non_differentiable(*(t for t in rest if t is not None))
         return total, *rest
@@ -120,6 +124,7 @@ class OnePassFunction(torch.autograd.Function):
                 "the one-pass engine has no second derivative: a double backward, as create_graph=True asks for, needs "
                 "engine='recompute' with backend='reference'"
             )
+        upstream = upstream / ctx.gain
         order, directions, scales, d_weight, d_bias, *slopes = ctx.saved_tensors
         found: list[Any] = [None] * 5
         if ctx.needs[0]:
@@ -170,8 +175,8 @@ class Sweep:
         self.order = torch.argsort(place, stable=True)[: self.n]
 
         self.tiles = make_tiles((hidden, weight, bias, *job.ref, job.labels), self.options, self.n)
-        self.like: dict[str, Any] = {"dtype": stats_dtype(self.options, job.ref[0]), "device": device}
-        self.stats = {name: torch.zeros(self.n, **self.like) for name in (POLICY_STATS if job.ref[0] is None else PAIR_STATS)}
+        self.like: dict[str, Any] = {"dtype": stats_dtype(self.options.dtype, self.options.ref_dtype), "device": device}
+        self.stats = {name: torch.zeros(self.n, **self.like) for name in stat_names(job.ref[0] is not None, "")}
         self.w, self.v = (
             None if t is None else t.detach()[self.order].to(self.like["dtype"]) for t in (token_weights, kl_weights)
         )
@@ -180,7 +185,7 @@ class Sweep:
         self.kl_turns = "kl" in self.stats and any(self.objective.kl_slopes)
         self.losses = torch.empty(P, **self.like)
         self.sums = torch.zeros((3, 2, P), **self.like)  # R, K, sum of logp; of chosen, of rejected
-        self.slopes = torch.empty((2, 2, P), **self.like)  # ∂/∂R, ∂/∂K
+        self.slopes = torch.empty((2, 2, P), **self.like)  # ∂/∂R, ∂/∂K, times the gain
         self.directions = hidden.new_empty((self.n, hidden.shape[1]), dtype=self.options.dtype) if need_hidden else None
         self.scales = torch.ones(self.n, **self.like) if need_hidden else None
         self.head = HeadSums(self.tiles.policy, need_weight, need_bias)
@@ -298,13 +303,12 @@ class Sweep:
                 sums = torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True, initial=0)
                 total.copy_(sums.view(-1, 2).t())
 
-        # Autograd in here is our own: it must not see the hooks of a checkpoint around us.
-        with torch.set_grad_enabled(self.differentiates), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        with own_autograd(self.differentiates):
             R, K, logp = self.sums[:, :, group.pairs].clone().requires_grad_(self.differentiates).unbind()
             losses = self.objective.losses(Sums(R, K if "kl" in stats else None, logp.detach()), self.pairs[group.pairs])
             if self.differentiates:
                 slopes = torch.autograd.grad(losses.sum(), (R, K), materialize_grads=True)
-                self.slopes[:, :, group.pairs] = torch.stack(slopes)
+                self.slopes[:, :, group.pairs] = torch.stack(slopes) * self.objective.gain
         self.losses[group.pairs] = losses.detach()
 
     def _verify(self, group: Group, R: Tensor | None = None, early: Tensor | None = None) -> None:
@@ -317,7 +321,8 @@ class Sweep:
         if early is not None:
             claims.append((early, slopes[:, 0]))
         for found, claimed in claims:
-            wrong = (found - claimed).abs() > SLOPE_TOLERANCE * (found.abs() + claimed.abs())
+            # tiny: of a saturated pair's slopes, below the normal numbers, rounding leaves nothing to compare
+            wrong = (found - claimed).abs() > SLOPE_TOLERANCE * (found.abs() + claimed.abs()) + torch.finfo(found.dtype).tiny
             wrong = wrong.any(0) if wrong.dim() > 1 else wrong
             slopes.masked_fill_(wrong, float("nan"))
             self.losses[group.pairs].masked_fill_(wrong, float("nan"))
@@ -337,6 +342,14 @@ class Sweep:
         losses = torch.empty_like(self.losses).index_copy_(0, self.pairs, self.losses)
         R, K, logp = (torch.empty_like(t).index_copy_(0, self.sequences, t) for t in self.sums.transpose(1, 2).flatten(1))
         return losses.sum(), losses, R, K if "kl" in self.stats else None, logp
+
+
+@contextmanager
+def own_autograd(enabled: bool = True) -> Iterator[None]:
+    """Autograd on small vectors within a Function or a loss. The hooks of a checkpoint around us must not see it: each tensor
+    that it saves would make that run everything again."""
+    with torch.set_grad_enabled(enabled), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        yield
 
 
 def upload(numbers: Sequence[int], device: torch.device) -> Tensor:

@@ -9,9 +9,13 @@ from torch import Tensor
 from fused_tdpo._backends import load_backend
 from fused_tdpo._checks import check_labels_in_range
 
-# names of the outputs of token_stats_fwd, in order, before the extras
 POLICY_STATS = ("logp",)
 PAIR_STATS = ("logp", "ref_logp", "kl")
+
+
+def stat_names(has_ref: bool, extras: str) -> tuple[str, ...]:
+    """The statistics of an op, in the order of its outputs; `extras` are comma-separated names."""
+    return (*(PAIR_STATS if has_ref else POLICY_STATS), *(extras.split(",") if extras else ()))
 
 
 def row_views(*tensors: Tensor | None) -> list[list[Tensor | None]]:
@@ -88,15 +92,15 @@ def token_stats_fwd(
 
 @token_stats_fwd.register_fake
 def _(policy, ref, labels, V, ignore_index, temperature, extras, check_labels, backend):  # type: ignore[no-untyped-def]
-    dtype = stats_dtype(policy, ref)
-    count = len(POLICY_STATS if ref is None else PAIR_STATS) + (len(extras.split(",")) if extras else 0)
+    dtype = stats_dtype(policy.dtype, None if ref is None else ref.dtype)
+    count = len(stat_names(ref is not None, extras))
     stats = [policy.new_empty(labels.shape, dtype=dtype) for _ in range(count)]
     return [*stats, policy.new_empty((4, labels.numel()), dtype=dtype)]
 
 
-def stats_dtype(policy: Tensor, ref: Tensor | None) -> torch.dtype:
+def stats_dtype(policy: torch.dtype, ref: torch.dtype | None) -> torch.dtype:
     """float64 where the logits of either model are, else float32."""
-    return torch.float64 if torch.float64 in (policy.dtype, None if ref is None else ref.dtype) else torch.float32
+    return torch.float64 if torch.float64 in (policy, ref) else torch.float32
 
 
 _BWD_ARGUMENTS = (
