@@ -172,11 +172,8 @@ def check_hidden(name: str, hidden: Tensor, head_name: str, weight: Tensor, labe
                 f"{other} must be on the device of {name}, {hidden.device}; got {describe(tensor)}. Move it there with .to()."
             )
     device = hidden.device.type
-    if (
-        torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-        and torch.float64 not in (hidden.dtype, weight.dtype)
-    ):
+    autocast = not hidden.is_meta and torch.is_autocast_enabled(device)
+    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:
         raise TypeError(

@@ -76,8 +76,7 @@ def make_tiles(models: tuple[Any, ...], options: LinearOptions, count: int, with
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager:
     """Dtypes were resolved by hand: nothing below is to be cast again."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 @torch.library.custom_op(
