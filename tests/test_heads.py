@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_tdpo import heads
+from fused_tdpo import LinearTDPOLoss, heads
 from fused_tdpo.heads import REFUSED, TRANSFORMS, LMHead, Transform, backbone
 from tolerances import assert_exactly_zero, assert_relative, assert_same_bits, assert_within_budget, stat_slack
 
@@ -781,3 +781,25 @@ def test_fields_that_are_refused(fields: dict[str, Any], kind: type[Exception], 
 def test_fields_that_are_taken(fields: dict[str, Any]):
     head = LMHead(WEIGHT, torch.zeros(3, dtype=torch.float64), **fields)
     assert head.logits(torch.ones(2)).shape == (head.width,)
+
+
+def test_a_sharded_weight_is_refused_and_gathered_it_is_taken():
+    """FSDP2 leaves a DTensor in the layer. One process is a mesh, too."""
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        weight = distribute_tensor(torch.randn(7, 4), mesh, [Shard(0)]).requires_grad_()
+        with pytest.raises(TypeError, match=r"weight.*DTensor(?s:.)*full_tensor"):
+            LMHead(weight)
+        hidden, ref_hidden = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+        labels = torch.randint(7, (2, 3))
+        whole = weight.full_tensor()
+        LinearTDPOLoss()(hidden, whole, ref_hidden, whole.detach(), labels).loss.backward()
+        assert weight.grad.full_tensor().abs().sum() > 0
+    finally:
+        distributed.destroy_process_group()
