@@ -216,7 +216,8 @@ def linear_token_stats(
             `vocab_size` must agree with an `LMHead`'s own.
         inplace_backward: without effect, since a chunk's logits are always overwritten; accepted so that calls may be shared.
         max_chunk_bytes: bound on all logit-sized buffers of both models together, at least one row; the default is 2,048 rows
-            or D, if more, for a trained head, and 1,024 for a frozen one. Outside it are N·D numbers for each direction, and
+            or D, if more, for a trained head, and 1,024 for a frozen one. Every chunk reads the head anew, so that fewer than
+            some 200 rows make products slow. Outside it are N·D numbers for each direction, and
             for a trained head V·D float32 numbers of its gradient. Under autocast a float32 head is cast whole, once a call.
         logits_dtype: torch.float32 keeps logits of half-precision products in float32, for an accurate KL near 0.
         valid_rows: how many labels are not `ignore_index`. Without it they are counted, which is the one synchronisation. Wrong
