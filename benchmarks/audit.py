@@ -125,6 +125,25 @@ def token_stats_cases(target: str) -> Iterator[Case]:
             yield Case(f"token_stats {step} {name}", kernel, args, **expected)
 
 
+def cases(target: str) -> Iterator[Case]:
+    """Every launch of the package."""
+    yield from token_stats_cases(target)
+    yield from scaled_copy_cases(target)
+
+
+def scaled_copy_cases(target: str) -> Iterator[Case]:
+    """The launches of `scaled_copy`: the sums of a head's gradient, into each dtype of a head."""
+    import torch
+
+    from fused_tdpo.kernels.scaled_copy import scaled_copy
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        x, factor, y = torch.empty(8192), torch.empty(()), torch.empty(8192, dtype=dtype)
+        launched = recorded(lambda x=x, factor=factor, y=y: scaled_copy(x, factor, y), hip=TARGETS[target][0] == "hip")
+        for kernel, args in launched:
+            yield Case(f"scaled_copy {name}", kernel, args)
+
+
 def recorded(launch: Callable[[], object], hip: bool) -> list[tuple[object, dict[str, object]]]:
     """(kernel, arguments and options by name) of everything `launch` launches. Nothing runs."""
     import torch
@@ -443,7 +462,7 @@ def main() -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported, which nobody has done yet
     reports = []
     for target in args.target or TARGETS:
-        for case in token_stats_cases(target):
+        for case in cases(target):
             if args.case and not any(set(text.split()) <= set(case.name.split()) for text in args.case):
                 continue
             report = audit(case, target)
