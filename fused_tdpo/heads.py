@@ -52,11 +52,6 @@ class LMHead:
                     f"{name} must be a float16, bfloat16, float32 or float64 tensor; got {describe(tensor)}. A quantised head "
                     "must be dequantised first."
                 )
-            if hasattr(tensor, "full_tensor"):
-                raise TypeError(
-                    f"{name} must be a whole tensor on one device; got a DTensor, {describe(tensor)}. Pass "
-                    f"{name}.full_tensor(), through which gradients return to the shards."
-                )
         if weight.dim() != 2 or 0 in weight.shape:
             raise ValueError(
                 f"weight must have shape (V, D), as nn.Linear(D, V) keeps it; got {describe(weight)}. If it is sharded, gather "

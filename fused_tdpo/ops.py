@@ -168,14 +168,19 @@ def linear_inputs(
 
 
 def _as_head(name: str, head: object) -> LMHead:
-    if isinstance(head, LMHead):
-        return head
-    if not isinstance(head, Tensor):
+    if isinstance(head, Tensor):
+        if head.dim() != 2:
+            raise ValueError(f"{name} must be a weight (V, D), or an LMHead; got {describe(head)}. {LINEAR_ORDER}")
+        head = LMHead(head)
+    if not isinstance(head, LMHead):
         hint = " Of a linear layer, pass LMHead(layer.weight, layer.bias)." if isinstance(head, nn.Module) else ""
         raise TypeError(f"{name} must be a weight (V, D), or an LMHead; got {type(head).__name__}.{hint} {LINEAR_ORDER}")
-    if head.dim() != 2:
-        raise ValueError(f"{name} must be a weight (V, D), or an LMHead; got {describe(head)}. {LINEAR_ORDER}")
-    return LMHead(head)
+    if any(hasattr(tensor, "full_tensor") for tensor in (head.weight, head.bias)):
+        raise TypeError(
+            f"{name} must be whole on one device; got a DTensor, {describe(head.weight)}. Pass its full_tensor(), through "
+            "which gradients return to the shards: dataclasses.replace(head, weight=head.weight.full_tensor())."
+        )
+    return head
 
 
 def linear_token_stats(

@@ -794,10 +794,10 @@ def test_a_sharded_weight_is_refused_and_gathered_it_is_taken():
     try:
         mesh = distributed.init_device_mesh("cpu", (1,))
         weight = distribute_tensor(torch.randn(7, 4), mesh, [Shard(0)]).requires_grad_()
-        with pytest.raises(TypeError, match=r"weight.*DTensor(?s:.)*full_tensor"):
-            LMHead(weight)
         hidden, ref_hidden = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
         labels = torch.randint(7, (2, 3))
+        with pytest.raises(TypeError, match=r"policy_head.*DTensor(?s:.)*full_tensor"):
+            LinearTDPOLoss()(hidden, LMHead(weight), ref_hidden, weight, labels)
         whole = weight.full_tensor()
         LinearTDPOLoss()(hidden, whole, ref_hidden, whole.detach(), labels).loss.backward()
         assert weight.grad.full_tensor().abs().sum() > 0
