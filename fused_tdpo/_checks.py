@@ -131,6 +131,11 @@ def check_extras(extras: Sequence[str], has_ref: bool, ref: str = "ref_logits") 
         raise ValueError(f"extras {', '.join(map(repr, REF_EXTRAS))} need {ref}; got {ref}=None")
 
 
+def looks_at_labels(check_labels: bool, labels: Tensor, backend: str) -> bool:
+    """Whether labels out of range are looked for: on request, and where that costs nothing. Kernels mark such rows instead."""
+    return check_labels or (labels.device.type == "cpu" and backend != "triton")
+
+
 def check_labels_in_range(labels: Tensor, V: int, ignore_index: int) -> None:
     """Looks at values: synchronises with a GPU."""
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= V))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_tdpo._backends import choose_backend
-from fused_tdpo._checks import check_chunks
+from fused_tdpo._checks import check_chunks, looks_at_labels
 from fused_tdpo._chunks import as_counts, host_counts
 from fused_tdpo._layout import SequenceLayout
 from fused_tdpo.functions.one_pass import Job, Objective, OnePassFunction, Sums, own_autograd, upload
@@ -193,7 +193,7 @@ class LinearPreferenceLoss(PreferenceLoss):
             lengths=known,
             objective=Objective(losses, form.kind, self.kl_slopes(), ratios, self._gain(known, inputs.dtype)),
             options=static,
-            check_labels=check_labels or (labels.device.type == "cpu" and static.backend != "triton"),
+            check_labels=looks_at_labels(check_labels, labels, static.backend),
             grad_mode=torch.is_grad_enabled(),
         )
         w, v = (None if t is None else self._row_weights(t, counted, layout, counts.dtype).flatten() for t in weights)

@@ -19,6 +19,7 @@ from fused_tdpo._checks import (
     check_valid_rows,
     check_vocab_size,
     describe,
+    looks_at_labels,
 )
 from fused_tdpo._chunks import rows_per_chunk
 from fused_tdpo._projection import row_bytes
@@ -85,7 +86,7 @@ def token_stats(
     V = check_token_stats(policy_logits, ref_logits, labels, temperature, vocab_size, divergence, divergence_alpha, extras)
     dtypes = (policy_logits.dtype,) if ref_logits is None else (policy_logits.dtype, ref_logits.dtype)
     name, _ = choose_backend(backend, policy_logits.device.type, dtypes)
-    check_labels = check_labels or (labels.device.type == "cpu" and name != "triton")
+    check_labels = looks_at_labels(check_labels, labels, name)
 
     if name == "reference":
         if inplace_backward:
@@ -222,8 +223,8 @@ def linear_token_stats(
         inplace_backward: without effect, since a chunk's logits are always overwritten; accepted so that calls may be shared.
         max_chunk_bytes: bound on all logit-sized buffers of both models together, at least one row; the default is 2,048 rows
             or D, if more, for a trained head, and 1,024 for a frozen one. Every chunk reads the head anew, so that fewer than
-            some 200 rows make products slow. Outside it are N·D numbers for each direction, and
-            for a trained head V·D float32 numbers of its gradient. Under autocast a float32 head is cast whole, once a call.
+            some 200 rows make products slow. Outside it are N·D numbers for each direction, and for a trained head V·D float32
+            numbers of its gradient. Under autocast a float32 head is cast whole, in forward and in backward.
         logits_dtype: torch.float32 keeps logits of half-precision products in float32, for an accurate KL near 0.
         valid_rows: how many labels are not `ignore_index`. Without it they are counted, which is the one synchronisation. Wrong
             numbers raise on a CPU, and give NaN on a GPU.
@@ -270,7 +271,7 @@ def linear_stats(
     """`linear_token_stats` of checked inputs on a chosen backend. `kl_gradient=False` promises that nobody differentiates the
     KL, and saves a frozen head a unit."""
     policy, ref = inputs.policy, inputs.ref
-    check_labels = check_labels or (labels.device.type == "cpu" and backend != "triton")
+    check_labels = looks_at_labels(check_labels, labels, backend)
     if backend == "reference":
         if check_labels:
             check_labels_in_range(labels, inputs.V, ignore_index)

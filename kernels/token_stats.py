@@ -446,12 +446,9 @@ def token_stats_finish_kernel(
         u = a + b
         # A pivot far above C (its sample held next to no q) makes large terms cancel in `a`; φ(h) tells how large.
         moved = tl.sum(tl.where(s_z > 0, phi * s_z, 0.0), axis=1) / sum_exp_z
-        kl = tl.where(
-            (u > -0.5) & (u < 1.0) & (moved < 0.125),
-            a - _id_minus_log1p(u),
-            (LN2 * ((top_x - top_z) + (log2_sum_x - log2_sum_z)) - c)
-            - offset,  # large, infinite, overflown, cancelled: plain form
-        )
+        plain = (LN2 * ((top_x - top_z) + (log2_sum_x - log2_sum_z)) - c) - offset
+        # the plain form where the other is large, infinite, overflown or cancelled
+        kl = tl.where((u > -0.5) & (u < 1.0) & (moved < 0.125), a - _id_minus_log1p(u), plain)
         kl = tl.where(labelled, tl.where(kl < 0, 0.0, kl), float("nan"))
         tl.store(kl_ptr + row, tl.where(active, kl, 0.0), mask=inside)
         if ref_entropy_ptr is not None:

@@ -9,7 +9,7 @@ import inspect
 import math
 import pickle
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_tdpo
+from allocations import Allocations, counted_allocations
 from fused_tdpo import DPOLoss, PreferenceOutput, TDPOLoss
 from official_tdpo import (
     IGNORE,
@@ -691,23 +692,6 @@ def test_copies_are_the_same_loss(make: Callable[[], torch.nn.Module], shown: tu
 # --- memory: logits are read where they lie ---------------------------------------------------------------------------------
 
 
-class Memory:
-    """CPU allocations while the block runs, seen by the allocator itself, so also inside custom ops. Bytes."""
-
-    def __enter__(self) -> Self:
-        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._profile.__exit__(*exc)
-        events = [e for e in self._profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        events.sort(key=lambda e: e.start_ns())
-        changes = [e.nbytes() for e in events]
-        self.allocated = [n for n in changes if n > 0]
-        self.peak = max(torch.tensor([0, *changes]).cumsum(0).tolist())
-
-
 class _Producer(torch.autograd.Function):
     """Stands for the model: hands out logits that are not a leaf, and remembers where their gradient lay."""
 
@@ -740,12 +724,12 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
     return Batch(*(x[:, :half].contiguous() for x in batch[:3]), (half, half)), batch
 
 
-def of_logits_size(memory: Memory, batch: Batch) -> list[int]:
+def of_logits_size(memory: Allocations, batch: Batch) -> list[int]:
     """Allocations of half an (N, V) tensor or more: what a copy, a cast or a concatenated half of the batch would take."""
-    return [n for n in memory.allocated if n >= batch.policy.nbytes // 2]
+    return memory.of_at_least(batch.policy.nbytes // 2)
 
 
-def assert_bounded(less: Memory, more: Memory, growth: int, by: int) -> None:
+def assert_bounded(less: Allocations, more: Allocations, growth: int, by: int) -> None:
     """From half of N to all of N, the peak grows by `growth` bytes and by less than half of what one more (N, V) tensor would
     add (`by` bytes); chunks may be of slightly different size."""
     assert abs(more.peak - less.peak - growth) < by // 2, f"peaks {less.peak} and {more.peak} bytes"
@@ -758,7 +742,7 @@ def test_the_memory_counter_counts(large: Batch) -> None:
     def hidden_copy(x: Tensor) -> Tensor:
         return x.clone().sum()
 
-    with Memory() as memory:
+    with counted_allocations() as memory:
         hidden_copy(large.policy)
         hidden_copy(large.policy)
     assert of_logits_size(memory, large) == [large.policy.nbytes] * 2
@@ -778,9 +762,9 @@ def test_one_gradient_and_nothing_else_of_its_size(large: Batch, family: str, vi
         if view == "positions":  # what slicing the last positions off a model's output gives
             policy, ref, labels = policy[:, :-1], ref[:, :-1], labels[:, :-1]
         policy = policy.detach().requires_grad_()
-        with Memory() as forward:
+        with counted_allocations() as forward:
             out = loss(policy, ref, labels)
-        with Memory() as backward:
+        with counted_allocations() as backward:
             torch.autograd.grad(out.loss, policy)
         grads.append(policy.numel() * policy.element_size())
         forwards.append(forward)
@@ -800,7 +784,7 @@ def test_in_place_nothing_of_the_logits_size_is_allocated(large: Batch, variant:
     for batch in halves(large):
         buffer, seed, seen = batch.policy.clone(), torch.zeros(1, requires_grad=True), []
         logits = _Producer.apply(seed, buffer, seen)
-        with Memory() as memory:
+        with counted_allocations() as memory:
             loss(logits, batch.ref, batch.labels).loss.backward()
         assert seen[0].data_ptr() == buffer.data_ptr()
         _, expected = value_and_grad(lambda x, b=batch: ordinary(x, b.ref, b.labels), batch.policy)

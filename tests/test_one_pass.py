@@ -705,6 +705,19 @@ def test_more_rows_than_there_are_cannot_count():
         LinearTDPOLoss()(*vars(model).values(), valid_rows=[100, 0, 0, 0])
 
 
+def test_wrong_counts_give_nan_where_looking_would_wait(monkeypatch: pytest.MonkeyPatch):
+    """What a GPU does, shown on a CPU: the check that raises here only compares."""
+    model = make_model()
+    counted = int((model.labels != IGNORE).sum())
+    monkeypatch.setattr(
+        "fused_tdpo.functions.linear_token_stats.check_valid_rows", lambda found, claimed, ignore_index: found != claimed
+    )
+    for claimed, nan in ((counted, False), (counted - 1, True)):
+        stats = linear_token_stats(*vars(model).values(), valid_rows=claimed)
+        for name in ("logp", "ref_logp", "kl"):
+            assert bool(getattr(stats, name).isnan().all()) == nan, name
+
+
 def test_counts_leave_the_loss_its_dtype():
     model = make_model()
     given = (model.labels[:, 1:] != IGNORE).sum(-1).tolist()

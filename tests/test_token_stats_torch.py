@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from allocations import counted_allocations
 from contract_token_stats import (
     EXTRAS,
     Backend,
@@ -66,14 +67,9 @@ def test_memory_is_bounded():
     policy, ref = (torch.zeros(N, V, dtype=bf16) for _ in range(2))
     labels = torch.zeros(N, dtype=torch.int64)
     logits = policy.requires_grad_().view(N, V)  # not a leaf, no copy
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with counted_allocations() as allocations:
         stats = token_stats(logits, ref, labels, backend="torch", inplace_backward=True)
         torch.autograd.grad(stats.logp.sum() + stats.kl.sum(), logits)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    live = peak = 0
-    for event in events:
-        live += event.nbytes()
-        peak = max(peak, live)
-    assert events, "the profiler saw no allocation: this test saw nothing"
+    peak = allocations.peak
+    assert allocations.changes, "the profiler saw no allocation: this test saw nothing"
     assert peak <= N * V * 4 // 2, f"{peak / 2**20:.0f} MiB beside the inputs, expected at most {N * V * 2 / 2**20:.0f} MiB"

@@ -100,7 +100,7 @@ def linear_token_stats_fwd(*arguments) -> list[Tensor]:  # type: ignore[no-untyp
         order = torch.argsort(ignored.to(torch.uint8), stable=True)
         counted = (~ignored).sum()
         count = host_counts(counted[None])[0] if valid_rows < 0 else valid_rows
-        wrong = check_valid_rows(counted, count, options.ignore_index)
+        wrong = check_valid_rows(counted, count, options.ignore_index) if valid_rows >= 0 else None
         tiles = make_tiles(models, options, count)
         names = stat_names(ref_hidden is not None, extras)
         dtype = stats_dtype(options.dtype, options.ref_dtype)
@@ -122,7 +122,7 @@ def linear_token_stats_fwd(*arguments) -> list[Tensor]:  # type: ignore[no-untyp
                 tiles.z = None
             if directions:
                 tiles.policy.d_hidden(tiles.gradient(saved[:, part].contiguous(), one, None), kept[0][part])
-        if valid_rows >= 0 and wrong.device.type != "cpu":
+        if wrong is not None:
             for name in names:
                 out[name].masked_fill_(wrong, float("nan"))
         return [*out.values(), saved, order, torch.tensor(count), *kept]

@@ -294,10 +294,12 @@ class Sweep:
         """Sums, losses and slopes of the group's pairs, from the statistics of their rows."""
         lengths = self.lengths[2 * group.pairs.start : 2 * group.pairs.stop]
         stats = {name: stat[group.rows] for name, stat in self.stats.items()}
-        ratio = stats["logp"] - stats["ref_logp"] if "ref_logp" in stats else stats["logp"]
-        rows = [ratio if self.w is None else ratio * self.w[group.rows], stats.get("kl"), stats["logp"]]
-        if rows[1] is not None and self.v is not None:
-            rows[1] = rows[1] * self.v[group.rows]
+        ratio, kl = _log_ratio(stats), stats.get("kl")
+        rows = (
+            ratio if self.w is None else ratio * self.w[group.rows],
+            kl if kl is None or self.v is None else kl * self.v[group.rows],
+            stats["logp"],
+        )
         for total, values in zip(self.sums[:, :, group.pairs], rows, strict=True):
             if values is not None:
                 sums = torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True, initial=0)
@@ -331,9 +333,8 @@ class Sweep:
         """Gradients of the rows' weights w and v, where they are needed."""
         everything = Group(slice(0, len(self.losses)), slice(0, self.n), is_long=False)
         need_w, need_v = self.need_weights
-        ratio = self.stats["logp"] - self.stats["ref_logp"] if "ref_logp" in self.stats else self.stats["logp"]
         return (
-            self._repeat(everything, self.slopes[0]) * ratio if need_w else None,
+            self._repeat(everything, self.slopes[0]) * _log_ratio(self.stats) if need_w else None,
             self._repeat(everything, self.slopes[1]) * self.stats["kl"] if need_v else None,
         )
 
@@ -342,6 +343,11 @@ class Sweep:
         losses = torch.empty_like(self.losses).index_copy_(0, self.pairs, self.losses)
         R, K, logp = (torch.empty_like(t).index_copy_(0, self.sequences, t) for t in self.sums.transpose(1, 2).flatten(1))
         return losses.sum(), losses, R, K if "kl" in self.stats else None, logp
+
+
+def _log_ratio(stats: dict[str, Tensor]) -> Tensor:
+    """log p(y) - log q(y) of rows; log p(y) alone without a reference."""
+    return stats["logp"] - stats["ref_logp"] if "ref_logp" in stats else stats["logp"]
 
 
 @contextmanager
