@@ -21,15 +21,17 @@ from fused_tdpo._layout import SequenceLayout
 from fused_tdpo.functions.one_pass import Job, Objective, OnePassFunction, Sums, own_autograd, upload
 from fused_tdpo.functions.token_stats import stats_dtype
 from fused_tdpo.heads import LMHead
-from fused_tdpo.losses import PAIR_FORMS, DPOLoss, PreferenceLoss, TDPOLoss
+from fused_tdpo.losses import DPOLoss, PreferenceLoss, SequenceSums, TDPOLoss
 from fused_tdpo.ops import LinearInputs, linear_inputs, linear_options, linear_stats
 from fused_tdpo.types import Engine, PreferenceOutput
 
 ENGINES = ("auto", "one_pass", "recompute")
 
 
-def choose_engine(engine: str, backend: str) -> Engine:
+def choose_engine(engine: str, backend: str, obstacle: str | None = None) -> Engine:
     """The engine that `engine` means with a chosen backend, and why. `"auto"` picks; a name is that one, or an error.
+
+    `obstacle` says why a loss cannot go in one pass, if so.
 
     Raises:
         ValueError: an unknown name, or an engine that cannot do it.
@@ -43,6 +45,10 @@ def choose_engine(engine: str, backend: str) -> Engine:
                 "autograd: use backend='torch', 'triton' or 'auto', or engine='auto'"
             )
         return Engine("recompute", "backend='reference' is the specification: whole logits, and gradients by autograd")
+    if obstacle is not None:
+        if engine == "one_pass":
+            raise ValueError(f"engine='one_pass' cannot: {obstacle}. Use engine='recompute', or 'auto', which picks it.")
+        return Engine("recompute", obstacle)
     if engine == "recompute":
         return Engine("recompute", "asked for: the general op, whose logits are made again in backward if the head is trained")
     asked = "asked for" if engine == "one_pass" else "a pair's loss depends on sums over its own two sequences alone"
@@ -63,7 +69,18 @@ class LinearPreferenceLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_chunks(self.max_chunk_bytes, self.logits_dtype)
-        choose_engine(self.engine, self.backend)
+        choose_engine(self.engine, self.backend, self.obstacle(weighted=False))
+
+    def obstacle(self, weighted: bool) -> str | None:
+        """Why this loss cannot go in one pass, if so. `weighted`: a call with `token_weights`."""
+        if self.form().kind == "batch":
+            return f"loss_type={self.loss_type!r} sorts the whole batch, so that the slope of a pair takes all pairs' sums"
+        if "sft" in self.loss_types:
+            if weighted or self.ld_alpha is not None:
+                return "'sft' takes no weights of tokens: beside a log-ratio that does, a row has two directions"
+            if self.kl_slopes()[0]:
+                return "'sft' takes no KL: beside a chosen one with a gradient, a row has two directions"
+        return None
 
     def forward(  # type: ignore[override]
         self,
@@ -103,7 +120,7 @@ class LinearPreferenceLoss(PreferenceLoss):
         layout = self._layout(labels, cu_seqlens, token_weights, kl_weights, ref_logps, num_pairs)
         self._check_reference("ref_hidden", ref_hidden, kl_weights, ref_logps)
         backend, _ = choose_backend(self.backend, labels.device.type, (inputs.dtype, inputs.ref_dtype or inputs.dtype))
-        engine = choose_engine(self.engine, backend)
+        engine = choose_engine(self.engine, backend, self.obstacle(token_weights is not None))
         labels = layout.shift(labels, self.ignore_index)
         counts = layout.sum((labels != self.ignore_index).to(stats_dtype(inputs.dtype, inputs.ref_dtype)))
         lengths = wrong = None
@@ -133,10 +150,9 @@ class LinearPreferenceLoss(PreferenceLoss):
         else:
             stats = linear_stats(
                 policy_hidden, ref_hidden, labels, inputs, valid_rows=None if lengths is None else sum(lengths),
-                kl_gradient=any(self.kl_slopes()), **options,
+                extras=self.statistics, kl_gradient=any(self.kl_slopes()), **options,
             )  # fmt: skip
-            sums = self._sums(stats, labels, layout, token_weights, kl_weights, ref_logps)
-            out = self._output(sums, self.pair_losses(*sums.split(self.interleaved)), num_pairs)
+            out = self._from_stats(stats, labels, layout, token_weights, kl_weights, ref_logps, num_pairs)
         if wrong is not None:
             out = out._replace(loss=out.loss * torch.where(wrong, float("nan"), 1.0).to(out.loss.dtype))
         return out._replace(engine=engine)
@@ -158,7 +174,6 @@ class LinearPreferenceLoss(PreferenceLoss):
         """Takes the loss apart for the engine, and puts its sums together. `labels` are shifted, `counts` those that count in
         each sequence, `lengths` the same on the host; everything else as it came."""
         policy, ref = inputs.policy, inputs.ref
-        counted = labels != self.ignore_index
         check_labels = options.pop("check_labels")
         static = linear_options(policy_hidden, inputs, both=False, **options)
         known = host_counts(counts.long()) if lengths is None else lengths
@@ -168,7 +183,7 @@ class LinearPreferenceLoss(PreferenceLoss):
         chosen, rejected = (range(0, 2 * P, 2), range(1, 2 * P, 2)) if self.interleaved else (range(P), range(P, 2 * P))
         sequences = list(zip(chosen, rejected, strict=True))
         ratios = [1.0] * P
-        form = PAIR_FORMS[self.loss_type]
+        form = self.form()
         if form.by_length or self.average_log_prob:
             ratios = [max(known[w], 1) / max(known[other], 1) for w, other in sequences]
 
@@ -176,12 +191,12 @@ class LinearPreferenceLoss(PreferenceLoss):
             return values.view(-1, 2).t() if self.interleaved else values.view(2, -1)
 
         num_tokens, pair_ref_logps = by_pair(counts), None if ref_logps is None else by_pair(ref_logps)
+        mean_tokens = self._mean_tokens(counts)
 
         def losses(sums: Sums, pairs: Tensor) -> Tensor:
-            both = self._sequence_sums(
-                *sums, num_tokens[:, pairs], None if pair_ref_logps is None else pair_ref_logps[:, pairs]
-            )
-            return self.pair_losses(both.map(lambda values: values[0]), both.map(lambda values: values[1]))
+            totals = self._totals(sums, num_tokens[:, pairs])
+            both = self._sequence_sums(totals, None if pair_ref_logps is None else pair_ref_logps[:, pairs])
+            return self.pair_losses(both.map(lambda values: values[0]), both.map(lambda values: values[1]), mean_tokens)
 
         job = Job(
             ref=(None, None, None)
@@ -191,15 +206,22 @@ class LinearPreferenceLoss(PreferenceLoss):
             sequence_ids=layout.sequence_ids(labels).flatten(),
             sequences=sequences,
             lengths=known,
-            objective=Objective(losses, form.kind, self.kl_slopes(), ratios, self._gain(known, inputs.dtype)),
+            objective=Objective(losses, form.kind, self.kl_slopes(), ratios, self._gain(known, inputs.dtype)),  # type: ignore[arg-type]
+            extras=self.statistics,
             options=static,
             check_labels=looks_at_labels(check_labels, labels, static.backend),
             grad_mode=torch.is_grad_enabled(),
         )
-        w, v = (None if t is None else self._row_weights(t, counted, layout, counts.dtype).flatten() for t in weights)
+        w, v = (None if t is None else t.flatten() for t in self._row_weights(*weights, labels, counts, layout))
         hidden = policy_hidden.reshape(-1, policy_hidden.shape[-1])
-        loss, pair_losses, log_ratio, kl, logp = OnePassFunction.apply(hidden, policy.weight, policy.bias, w, v, job)
-        return self._output(self._sequence_sums(log_ratio, kl, logp, counts, ref_logps), pair_losses, num_pairs, loss)
+        loss, pair_losses, log_ratio, kl, logp, *more = OnePassFunction.apply(hidden, policy.weight, policy.bias, w, v, job)
+        found = Sums(log_ratio, kl, logp, dict(zip(self.statistics, more, strict=True)))
+        sums = self._sequence_sums(self._totals(found, counts), ref_logps)
+        return self._output(sums, pair_losses, num_pairs, found.extras, counts, loss)
+
+    def _totals(self, sums: Sums, num_tokens: Tensor) -> SequenceSums:
+        """The engine's sums, as a loss knows them."""
+        return SequenceSums(sums.log_ratio, sums.kl, sums.logp, num_tokens, sums.extras.get("log_sum_sq_probs"))
 
     def _gain(self, lengths: list[int], dtype: torch.dtype) -> float:
         """For float16, the power of two that brings the largest slope of pairs of these lengths, where policy and reference are
@@ -208,8 +230,10 @@ class LinearPreferenceLoss(PreferenceLoss):
             return 1.0
         with own_autograd():
             zero = torch.zeros(len(lengths), dtype=torch.float64, requires_grad=True)
-            sums = self._sequence_sums(zero, zero.detach(), zero.detach(), torch.tensor(lengths).double(), None)
-            (slopes,) = torch.autograd.grad(self.pair_losses(*sums.split(self.interleaved)).sum(), zero)
+            num_tokens, no = torch.tensor(lengths).double(), zero.detach()
+            sums = self._sequence_sums(SequenceSums(zero, no, zero, num_tokens, no), None)
+            losses = self.pair_losses(*sums.split(self.interleaved), self._mean_tokens(num_tokens))
+            (slopes,) = torch.autograd.grad(losses.sum(), zero)
         largest = float(slopes.abs().max())
         return 2.0 ** -ceil(log2(largest)) if largest > 0 else 1.0
 

@@ -8,7 +8,7 @@ pair losses serves both. Letters: P pairs, S = 2P sequences, T positions, V voca
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from math import isfinite
+from math import inf, isfinite, log, log1p
 from numbers import Real
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_tdpo._backends import choose_backend
-from fused_tdpo._checks import check_token_stats, describe
+from fused_tdpo._checks import check_extras, check_token_stats, describe
 from fused_tdpo._layout import SequenceLayout
 from fused_tdpo.ops import token_stats
 from fused_tdpo.types import PreferenceOutput, TokenStats
@@ -34,17 +34,51 @@ class SequenceSums(NamedTuple):
     """Unweighted sum of the policy's logp."""
     num_tokens: Tensor
     """Number of tokens that a length-normalised loss divides by, at least 1; exactly 1 where the sums are means already."""
+    log_sum_sq_probs: Tensor | None = None
+    """Unweighted sum of the policy's log Σ p², for `use_weighting`."""
+    ref_logp: Tensor | None = None
+    """The reference's part of `log_ratio`, for "aot"."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "SequenceSums":
         """`function` of every field that exists."""
-        kl = None if self.kl is None else function(self.kl)
-        return SequenceSums(function(self.log_ratio), kl, function(self.logp), function(self.num_tokens))
+        return SequenceSums(*(None if total is None else function(total) for total in self))  # type: ignore[arg-type]
 
     def split(self, interleaved: bool = False) -> tuple["SequenceSums", "SequenceSums"]:
         """(chosen, rejected): the first and the second half, or even and odd sequences."""
-        half = len(self.num_tokens) // 2
-        chosen, rejected = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(half), slice(half, None))
-        return self.map(lambda sums: sums[chosen]), self.map(lambda sums: sums[rejected])
+        return self.map(lambda sums: split(sums, interleaved)[0]), self.map(lambda sums: split(sums, interleaved)[1])
+
+
+def split(values: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """(S,) -> those of chosen and of rejected sequences, (P,) each."""
+    half = len(values) // 2
+    return (values[::2], values[1::2]) if interleaved else (values[:half], values[half:])
+
+
+TOKEN_METRICS: dict[str, tuple[str, Literal["chosen", "rejected", "both"]]] = {
+    "entropy": ("entropy", "both"),
+    "ref_entropy": ("ref_entropy", "both"),
+    "mean_token_accuracy": ("accuracy", "chosen"),
+    "logits/chosen": ("mean_logit", "chosen"),
+    "logits/rejected": ("mean_logit", "rejected"),
+}
+"""Metric -> the extra statistic, and the sequences, over whose tokens that count it is a mean; names are TRL's."""
+
+
+def token_metrics(extras: dict[str, Tensor], num_tokens: Tensor, interleaved: bool = False) -> dict[str, Tensor]:
+    """Those of `TOKEN_METRICS` that there are extras for, () each; 0 without a token.
+
+    Args:
+        extras: name -> (S,) sums over each sequence's tokens that count. num_tokens: (S,) how many these are.
+    """
+    metrics = {}
+    for name, (extra, side) in TOKEN_METRICS.items():
+        if extra in extras:
+            total, count = (
+                values if side == "both" else split(values, interleaved)[side == "rejected"]
+                for values in (extras[extra], num_tokens)
+            )
+            metrics[name] = total.sum() / count.sum().clamp(min=1)
+    return metrics
 
 
 def tdpo_log_ratios(
@@ -64,68 +98,213 @@ def tdpo_log_ratios(
     return chosen.log_ratio + alpha * chosen.kl.detach(), rejected.log_ratio + alpha * rejected.kl
 
 
-# A pair loss maps effective log-ratios r_w, r_l and token counts |y_w|, |y_l|, each (P,), to losses (P,).
-# With z = β (r_w − r_l), and log σ(−z) written as log σ(z) − z:
-
-
-def sigmoid_loss(
-    chosen: Tensor, rejected: Tensor, chosen_count: Tensor, rejected_count: Tensor, *, beta: float, label_smoothing: float = 0.0
+def f_dpo_scores(
+    log_ratio: Tensor, f_divergence: str, f_alpha: float | None = None, max_exponent: float | None = None
 ) -> Tensor:
+    """f'(e^ρ) − f'(1) of log-ratios ρ, which f-DPO compares where DPO compares ρ; `f_alpha` is the paper's α, in (0, 1).
+
+        reverse_kl  ρ                     forward_kl  1 − e^(−ρ)
+        js          log 2 + log σ(ρ)      alpha       (1 − e^(−αρ))/α        → ρ as α → 0, forward_kl as α → 1
+
+    ρ sums over a whole sequence, so e^(−αρ) overflows in float32 from αρ ≈ −88 on, and the loss is then infinite or NaN. With
+    `max_exponent`, −αρ counts as that number where it is more, without a gradient.
+
+    Source: arXiv 2309.16240; f_alpha is 1 − `f_alpha_divergence_coef` of TRL ≥ 0.29, and its older α.
+    """
+    if f_divergence == "reverse_kl":
+        return log_ratio
+    if f_divergence == "js":
+        return log(2) + F.logsigmoid(log_ratio)
+    alpha = 1.0 if f_divergence == "forward_kl" else f_alpha
+    if alpha is None:
+        raise ValueError("f_divergence='alpha' needs f_alpha, the paper's α in (0, 1); got None")
+    return -torch.expm1((-alpha * log_ratio).clamp(max=max_exponent or inf)) / alpha
+
+
+# --- pair losses ------------------------------------------------------------------------------------------------------------
+
+
+class Pairs(NamedTuple):
+    """What a pair loss may depend on: (P,) each, or numbers."""
+
+    chosen: Tensor
+    """r_w, the log-ratio of the chosen sequence: effective for TDPO, scored for f-DPO."""
+    rejected: Tensor
+    """r_l, that of the rejected one."""
+    chosen_count: Tensor | float = 1.0
+    """|y_w|, at least 1. A loss "by length" divides all of r by it, TDPO's KL too."""
+    rejected_count: Tensor | float = 1.0
+    """|y_l|."""
+    chosen_nll: Tensor | None = None
+    """−Σ log p(y_w) over the mean of |y_w| in the batch, so that its mean over pairs is the one over tokens. For "sft"."""
+    ref_margin: Tensor | None = None
+    """log q(y_w) − log q(y_l). For "aot"."""
+
+    @property
+    def margin(self) -> Tensor:
+        """r_w − r_l."""
+        return self.chosen - self.rejected
+
+    @property
+    def mean_margin(self) -> Tensor:
+        """r_w/|y_w| − r_l/|y_l|."""
+        return self.chosen / self.chosen_count - self.rejected / self.rejected_count
+
+
+class PairOptions(NamedTuple):
+    """The numbers in pair losses."""
+
+    beta: float
+    """β > 0."""
+    label_smoothing: float = 0.0
+    """ε, in [0, 0.5)."""
+    discopop_tau: float = 0.05
+    """τ > 0."""
+
+
+# A pair loss maps these to losses (P,). With z = β (r_w − r_l), z_w = β r_w and z_l = β r_l:
+
+
+def sigmoid_loss(pairs: Pairs, o: PairOptions) -> Tensor:
     """−(1 − ε) log σ(z) − ε log σ(−z): DPO (arXiv 2305.18290, eq. 7); with label smoothing ε, conservative DPO."""
-    z = beta * (chosen - rejected)
-    losses = -F.logsigmoid(z)
-    return losses + label_smoothing * z if label_smoothing else losses
+    return _cross_entropy(o.beta * pairs.margin, o.label_smoothing)
 
 
-def robust_loss(
-    chosen: Tensor, rejected: Tensor, chosen_count: Tensor, rejected_count: Tensor, *, beta: float, label_smoothing: float = 0.0
-) -> Tensor:
+def sigmoid_norm_loss(pairs: Pairs, o: PairOptions) -> Tensor:
+    """−log σ(β (r_w/|y_w| − r_l/|y_l|)): length-normalised DPO (arXiv 2411.15124)."""
+    return -F.logsigmoid(o.beta * pairs.mean_margin)
+
+
+def robust_loss(pairs: Pairs, o: PairOptions) -> Tensor:
     """[−(1 − ε) log σ(z) + ε log σ(−z)] / (1 − 2ε): unbiased when a share ε of the pairs is swapped (arXiv 2403.00409)."""
-    z = beta * (chosen - rejected)
+    return _cross_entropy(o.beta * pairs.margin, -o.label_smoothing / (1 - 2 * o.label_smoothing))
+
+
+def hinge_loss(pairs: Pairs, o: PairOptions) -> Tensor:
+    """max(0, 1 − z) (arXiv 2305.10425, on log-ratios as TRL does)."""
+    return torch.relu(1 - o.beta * pairs.margin)
+
+
+def ipo_loss(pairs: Pairs, o: PairOptions) -> Tensor:
+    """(r_w/|y_w| − r_l/|y_l| − 1/(2β))² (arXiv 2310.12036, eq. 17, length-normalised as TRL does)."""
+    return (pairs.mean_margin - 1 / (2 * o.beta)) ** 2
+
+
+def exo_pair_loss(pairs: Pairs, o: PairOptions) -> Tensor:
+    """KL((σ(z), σ(−z)) ‖ (1 − ε, ε)), for ε > 0 (arXiv 2402.00856, eq. 16)."""
+    z = o.beta * pairs.margin
+    won = torch.sigmoid(z) * (F.logsigmoid(z) - log1p(-o.label_smoothing))
+    return won + torch.sigmoid(-z) * (F.logsigmoid(-z) - log(o.label_smoothing))
+
+
+def discopop_loss(pairs: Pairs, o: PairOptions) -> Tensor:
+    """−(1 − m) log σ(z) + m e^(−z), m = σ(z/τ): DiscoPOP (arXiv 2406.08414, eq. 5). m e^(−z) is one power."""
+    z = o.beta * pairs.margin
+    return -torch.sigmoid(-z / o.discopop_tau) * F.logsigmoid(z) + torch.exp(F.logsigmoid(z / o.discopop_tau) - z)
+
+
+def nca_pair_loss(pairs: Pairs, o: PairOptions) -> Tensor:
+    """−log σ(z_w) − ½ log σ(−z_w) − ½ log σ(−z_l): noise contrastive alignment (arXiv 2402.05369)."""
+    won, lost = o.beta * pairs.chosen, o.beta * pairs.rejected
+    return -F.logsigmoid(won) - 0.5 * F.logsigmoid(-won) - 0.5 * F.logsigmoid(-lost)
+
+
+def bco_pair_loss(pairs: Pairs, o: PairOptions) -> Tensor:
+    """−log σ(z_w) − log σ(−z_l): binary classifier optimisation (arXiv 2404.04656), its reward shift 0 as in TRL."""
+    return -F.logsigmoid(o.beta * pairs.chosen) - F.logsigmoid(-o.beta * pairs.rejected)
+
+
+def sppo_hard_loss(pairs: Pairs, o: PairOptions) -> Tensor:
+    """(r_w − 1/(2β))² + (r_l + 1/(2β))²: self-play, the chosen one winning surely (arXiv 2405.00675, eq. 4.7)."""
+    return (pairs.chosen - 0.5 / o.beta) ** 2 + (pairs.rejected + 0.5 / o.beta) ** 2
+
+
+def apo_zero_loss(pairs: Pairs, o: PairOptions) -> Tensor:
+    """1 − σ(z_w) + σ(z_l): anchored, where the policy is worse than the chosen ones (arXiv 2408.06266, eq. 7)."""
+    return torch.sigmoid(-o.beta * pairs.chosen) + torch.sigmoid(o.beta * pairs.rejected)
+
+
+def apo_down_loss(pairs: Pairs, o: PairOptions) -> Tensor:
+    """σ(z_w) + 1 − σ(z): anchored, where the policy is better than the chosen ones (arXiv 2408.06266, eq. 8)."""
+    return torch.sigmoid(o.beta * pairs.chosen) + torch.sigmoid(-o.beta * pairs.margin)
+
+
+def sft_loss(pairs: Pairs, o: PairOptions) -> Tensor:
+    """−log p(y_w) per token, a mean over the chosen tokens of the batch; TDPO's KL and all weights of tokens have no part."""
+    if pairs.chosen_nll is None:
+        raise ValueError("sft_loss takes log-probabilities, not their ratios: set Pairs.chosen_nll")
+    return pairs.chosen_nll
+
+
+def aot_loss(pairs: Pairs, o: PairOptions) -> Tensor:
+    """sigmoid_loss of margins sorted over the pairs of a call, policy's less reference's (arXiv 2406.05882, paired). The KL is
+    the policy's. Losses go with ranks, not with pairs."""
+    if pairs.ref_margin is None:
+        raise ValueError("aot_loss sorts the margins of both models: set Pairs.ref_margin")
+    policy = pairs.margin + pairs.ref_margin
+    return _cross_entropy(o.beta * (policy.sort().values - pairs.ref_margin.sort().values), o.label_smoothing)
+
+
+def aot_unpaired_loss(pairs: Pairs, o: PairOptions) -> Tensor:
+    """sigmoid_loss of r_w and r_l, each sorted over the pairs of a call (arXiv 2406.05882, unpaired). Losses go with ranks."""
+    return _cross_entropy(o.beta * (pairs.chosen.sort().values - pairs.rejected.sort().values), o.label_smoothing)
+
+
+def _cross_entropy(z: Tensor, share: float) -> Tensor:
+    """−(1 − share) log σ(z) − share·log σ(−z), with log σ(−z) written as log σ(z) − z."""
     losses = -F.logsigmoid(z)
-    return losses - label_smoothing / (1 - 2 * label_smoothing) * z if label_smoothing else losses
+    return losses + share * z if share else losses
 
 
-def hinge_loss(
-    chosen: Tensor, rejected: Tensor, chosen_count: Tensor, rejected_count: Tensor, *, beta: float, label_smoothing: float = 0.0
-) -> Tensor:
-    """max(0, 1 − z), without label smoothing (arXiv 2305.10425, on log-ratios as TRL does)."""
-    return torch.relu(1 - beta * (chosen - rejected))
-
-
-def ipo_loss(
-    chosen: Tensor, rejected: Tensor, chosen_count: Tensor, rejected_count: Tensor, *, beta: float, label_smoothing: float = 0.0
-) -> Tensor:
-    """(r_w/|y_w| − r_l/|y_l| − 1/(2β))², without label smoothing (arXiv 2310.12036, length-normalised as TRL does)."""
-    return (chosen / chosen_count - rejected / rejected_count - 1 / (2 * beta)) ** 2
-
-
-PAIR_LOSSES: dict[str, Callable[..., Tensor]] = {
+PAIR_LOSSES: dict[str, Callable[[Pairs, PairOptions], Tensor]] = {
     "sigmoid": sigmoid_loss,
+    "sigmoid_norm": sigmoid_norm_loss,
     "ipo": ipo_loss,
     "hinge": hinge_loss,
     "robust": robust_loss,
+    "exo_pair": exo_pair_loss,
+    "discopop": discopop_loss,
+    "nca_pair": nca_pair_loss,
+    "bco_pair": bco_pair_loss,
+    "sppo_hard": sppo_hard_loss,
+    "apo_zero": apo_zero_loss,
+    "apo_down": apo_down_loss,
+    "sft": sft_loss,
+    "aot": aot_loss,
+    "aot_unpaired": aot_unpaired_loss,
 }
-"""Every `loss_type`, for DPO and TDPO alike."""
+"""Every `loss_type`, for DPO and TDPO alike; names are TRL's."""
 
-SMOOTHED = ("sigmoid", "robust")
+SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
 """The loss types that take label smoothing."""
 
 
 class Form(NamedTuple):
     """What a pair loss depends on: this decides how pairs longer than a chunk go through (docs/math.md, "One pass")."""
 
-    kind: Literal["margin", "sequence", "pair"]
-    """`"margin"`: r_w − r_l alone. `"sequence"`: a sum of a function of r_w and one of r_l. `"pair"`: anything."""
+    kind: Literal["margin", "sequence", "pair", "batch"]
+    """`"margin"`: r_w − r_l alone. `"sequence"`: a sum of a function of r_w and one of r_l. `"pair"`: anything of both.
+    `"batch"`: other pairs' too, which takes the recompute engine."""
     by_length: bool = False
     """On r/|y| in place of r."""
 
 
 PAIR_FORMS: dict[str, Form] = {
     "sigmoid": Form("margin"),
+    "sigmoid_norm": Form("margin", by_length=True),
     "ipo": Form("margin", by_length=True),
     "hinge": Form("margin"),
     "robust": Form("margin"),
+    "exo_pair": Form("margin"),
+    "discopop": Form("margin"),
+    "nca_pair": Form("sequence"),
+    "bco_pair": Form("sequence"),
+    "sppo_hard": Form("sequence"),
+    "apo_zero": Form("sequence"),
+    "apo_down": Form("pair"),
+    "sft": Form("sequence"),
+    "aot": Form("batch"),
+    "aot_unpaired": Form("batch"),
 }
 """The form of every pair loss; a test checks each by autograd."""
 
@@ -139,10 +318,18 @@ class PreferenceLoss(nn.Module):
 
     beta: float = field(default=0.1, kw_only=False)
     """Inverse temperature of the implicit reward, > 0."""
-    loss_type: str = "sigmoid"
-    """A key of `PAIR_LOSSES`."""
+    loss_type: str | Sequence[str] = "sigmoid"
+    """A key of `PAIR_LOSSES`; or several, whose losses are added (MPO, arXiv 2411.10442)."""
+    loss_weights: Sequence[float] | None = None
+    """Of the losses that `loss_type` names; None for 1."""
     label_smoothing: float = 0.0
-    """Assumed share of swapped pairs, in [0, 0.5)."""
+    """Assumed share of swapped pairs, in [0, 0.5), for the loss types in `SMOOTHED`; "exo_pair" needs one > 0."""
+    discopop_tau: float = 0.05
+    """Temperature of "discopop", > 0."""
+    ld_alpha: float | None = None
+    """LD-DPO (arXiv 2409.06411): weight, in [0, 1], of tokens beyond the length of the pair's shorter one, in ρ and K."""
+    use_weighting: bool = False
+    """WPO (arXiv 2406.11827, eq. 2): weigh a pair by exp of mean_t(log p(y) − log Σ p²) of both sequences, a constant."""
     average_log_prob: bool = False
     """Divide ρ, K and the reported log-probabilities by the sequence's number of tokens that are not ignored (at least 1)."""
     interleaved: bool = False
@@ -163,6 +350,8 @@ class PreferenceLoss(nn.Module):
     """Raise on labels outside the vocabulary on a GPU too, which synchronises; they give NaN there otherwise."""
     backend: str = "auto"
     """As in `token_stats`."""
+    extras: Sequence[str] = ()
+    """Report `TOKEN_METRICS` of these, from the same pass: "entropy", "ref_entropy", "accuracy", "mean_logit"."""
     inplace_backward: bool = False
     """Write the gradient over `policy_logits`, as in `token_stats`."""
 
@@ -170,20 +359,18 @@ class PreferenceLoss(nn.Module):
         super().__init__()
         _check_number("beta", self.beta, lambda beta: beta > 0, "> 0")
         _check_number("label_smoothing", self.label_smoothing, lambda share: 0 <= share < 0.5, "in [0, 0.5)")
-        _check_choice("loss_type", self.loss_type, PAIR_LOSSES)
-        if self.label_smoothing and self.loss_type not in SMOOTHED:
-            raise ValueError(
-                f"loss_type={self.loss_type!r} takes no label_smoothing; got {self.label_smoothing}. Set it to 0, or use "
-                f"{' or '.join(SMOOTHED)}."
-            )
+        _check_number("discopop_tau", self.discopop_tau, lambda tau: tau > 0, "> 0")
+        if self.ld_alpha is not None:
+            _check_number("ld_alpha", self.ld_alpha, lambda alpha: 0 <= alpha <= 1, "in [0, 1], or None")
+        self._check_loss_types()
         if self.reduction == "none":
             raise ValueError(
                 "reduction='none' is not offered: only out.loss is differentiable (out.losses holds the pairs', detached). "
                 "For differentiable losses (P,): stats = token_stats(policy_logits, ref_logits, F.pad(labels, (0, 1), "
                 "value=-100)[:, 1:]); sum stats.logp - stats.ref_logp, stats.kl, stats.logp and labels[:, 1:] != -100 over "
                 "tokens into SequenceSums; chosen, rejected = sums.split(); ratios = tdpo_log_ratios(chosen, rejected, "
-                "alpha=...), for DPO the log_ratio of each; PAIR_LOSSES[loss_type](*ratios, chosen.num_tokens, "
-                "rejected.num_tokens, beta=...). All but the op are in fused_tdpo.losses."
+                "alpha=...), for DPO the log_ratio of each; PAIR_LOSSES[loss_type](Pairs(*ratios, chosen.num_tokens, "
+                "rejected.num_tokens), PairOptions(beta)). All but the op are in fused_tdpo.losses."
             )
         _check_choice("reduction", self.reduction, ("mean", "sum"))
 
@@ -191,9 +378,53 @@ class PreferenceLoss(nn.Module):
         logits = torch.empty(0, max(self.vocab_size or 1, 1), device="meta")
         labels = torch.empty(0, dtype=torch.int64, device="meta")
         check_token_stats(
-            logits, logits, labels, self.temperature, self.vocab_size, self.divergence, self.divergence_alpha, extras=()
+            logits, logits, labels, self.temperature, self.vocab_size, self.divergence, self.divergence_alpha, self.extras
         )
+        known = {extra: None for extra, _ in TOKEN_METRICS.values()}
+        if not known.keys() >= set(self.extras):
+            raise ValueError(
+                f"extras of a loss become metrics, which {', '.join(map(repr, known))} do; got {self.extras!r}. Call the op "
+                "for other statistics."
+            )
         choose_backend(self.backend, "cuda", ())
+
+    @property
+    def loss_types(self) -> tuple[str, ...]:
+        """The names in `loss_type`."""
+        return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
+
+    def _check_loss_types(self) -> None:
+        for name in self.loss_types:
+            _check_choice("loss_type", name, PAIR_LOSSES)
+        if not self.loss_types:
+            raise ValueError("loss_type must name at least one loss; got none")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_types):
+            raise ValueError(f"loss_weights must be {len(self.loss_types)} numbers, as loss_type; got {self.loss_weights!r}")
+        for weight in self.loss_weights or ():
+            _check_number("loss_weights", weight, lambda _: True, "for each loss type")
+        if self.label_smoothing and not {*self.loss_types} & {*SMOOTHED}:
+            raise ValueError(
+                f"loss_type={self.loss_type!r} takes no label_smoothing; got {self.label_smoothing}. Set it to 0, or use "
+                f"{' or '.join(SMOOTHED)}."
+            )
+        if "exo_pair" in self.loss_types and not self.label_smoothing:
+            raise ValueError("loss_type='exo_pair' takes the log of label_smoothing, which must be > 0; its paper has 1e-3")
+        if self.discopop_tau != 0.05 and "discopop" not in self.loss_types:
+            raise ValueError(f"discopop_tau is an option of loss_type='discopop'; got loss_type={self.loss_type!r}")
+        coupled = [name for name in self.loss_types if name == "sft" or PAIR_FORMS[name].kind == "batch"]
+        if self.use_weighting and coupled:
+            raise ValueError(
+                f"use_weighting weighs the loss of a pair, and {' and '.join(map(repr, coupled))} has none: it goes over the "
+                "tokens or the ranks of the whole batch. Leave one of them out."
+            )
+
+    def form(self) -> Form:
+        """Of the loss as a whole: the widest of its parts."""
+        form, *others = {PAIR_FORMS[name] for name in self.loss_types}
+        if any(part.kind == "batch" for part in (form, *others)):
+            return Form("batch")
+        weighted = self.use_weighting and form.kind != "margin"  # by numbers of both sequences
+        return Form("pair") if others or weighted else form
 
     def extra_repr(self) -> str:
         return ", ".join(f"{option.name}={getattr(self, option.name)!r}" for option in fields(self))
@@ -223,7 +454,7 @@ class PreferenceLoss(nn.Module):
             num_pairs: divide by this number instead of P, for a mean over ranks and accumulated batches; int or 0-dim.
             valid_rows: not needed from logits; accepted so that calls may be shared with the losses from hidden states.
             ref_logps: (S,), DPO only: precomputed sums (means with `average_log_prob`) of the reference's log-probabilities,
-                weighted by the same `token_weights`.
+                weighted by the same `token_weights` and `ld_alpha`.
 
         Returns:
             `PreferenceOutput`, of which only `loss` is differentiable. An empty batch gives 0.
@@ -250,12 +481,12 @@ class PreferenceLoss(nn.Module):
             vocab_size=self.vocab_size,
             divergence=self.divergence,
             divergence_alpha=self.divergence_alpha,
+            extras=self.statistics,
             inplace_backward=self.inplace_backward,
             check_labels=self.check_labels,
             backend=self.backend,
         )
-        sums = self._sums(stats, labels, layout, token_weights, kl_weights, ref_logps)
-        return self._output(sums, self.pair_losses(*sums.split(self.interleaved)), num_pairs)
+        return self._from_stats(stats, labels, layout, token_weights, kl_weights, ref_logps, num_pairs)
 
     def log_ratios(self, chosen: SequenceSums, rejected: SequenceSums) -> tuple[Tensor, Tensor]:
         """Effective log-ratios (P,), (P,) that the pair loss compares."""
@@ -265,10 +496,28 @@ class PreferenceLoss(nn.Module):
         """Log-ratios (P,), (P,) whose β-fold is reported as rewards."""
         return self.log_ratios(chosen, rejected)
 
-    def pair_losses(self, chosen: SequenceSums, rejected: SequenceSums) -> Tensor:
-        """(P,) differentiable losses."""
-        ratios, pair_loss = self.log_ratios(chosen, rejected), PAIR_LOSSES[self.loss_type]
-        return pair_loss(*ratios, chosen.num_tokens, rejected.num_tokens, beta=self.beta, label_smoothing=self.label_smoothing)
+    def pair_losses(self, chosen: SequenceSums, rejected: SequenceSums, mean_tokens: Tensor | float = 1.0) -> Tensor:
+        """(P,) differentiable losses. `mean_tokens`: of the batch's chosen sequences, () or a number; "sft" divides by it."""
+        ref_margin = None if chosen.ref_logp is None or rejected.ref_logp is None else chosen.ref_logp - rejected.ref_logp
+        pairs = Pairs(
+            *self.log_ratios(chosen, rejected), chosen.num_tokens, rejected.num_tokens, -chosen.logp / mean_tokens, ref_margin
+        )
+        options = PairOptions(self.beta, self.label_smoothing, self.discopop_tau)
+        parts = [PAIR_LOSSES[name](pairs, options) for name in self.loss_types]
+        weights = self.loss_weights or [1.0] * len(parts)
+        losses = sum((weight * part for weight, part in zip(weights[1:], parts[1:], strict=True)), weights[0] * parts[0])
+        if self.use_weighting:
+            losses = losses * (_log_likelihood(chosen) + _log_likelihood(rejected)).exp()
+        return losses
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The extras that the op has to compute."""
+        return (*self.extras, "log_sum_sq_probs") if self.use_weighting else tuple(self.extras)
+
+    def more_metrics(self, chosen: SequenceSums, rejected: SequenceSums) -> dict[str, Tensor]:
+        """Name -> (P,): what a family of losses reports besides."""
+        return {}
 
     def kl_slopes(self) -> tuple[float, float]:
         """How the effective log-ratios of a chosen and of a rejected sequence change with its K, where ρ changes them by 1."""
@@ -306,6 +555,7 @@ class PreferenceLoss(nn.Module):
             )
         if kl_weights is not None and ref is None:
             raise ValueError(f"kl_weights weigh the KL, which does not exist without {name}; pass these, or leave it out")
+        check_extras(self.extras, ref is not None, name)
 
     def _check_num_pairs(self, num_pairs: float | Tensor | None) -> None:
         if num_pairs is not None and self.reduction == "sum":
@@ -315,7 +565,7 @@ class PreferenceLoss(nn.Module):
         if num_pairs is not None and not isinstance(num_pairs, Tensor) and not num_pairs > 0:
             raise ValueError(f"num_pairs must be > 0; got {num_pairs}")
 
-    def _sums(
+    def _from_stats(
         self,
         stats: TokenStats,
         labels: Tensor,
@@ -323,37 +573,84 @@ class PreferenceLoss(nn.Module):
         token_weights: Tensor | None,
         kl_weights: Tensor | None,
         ref_logps: Tensor | None,
-    ) -> SequenceSums:
-        """Sums over each sequence, from statistics of already shifted labels and from weights as the caller gave them."""
-        counted = labels != self.ignore_index
+        num_pairs: float | Tensor | None,
+    ) -> PreferenceOutput:
+        """From statistics of already shifted labels, the rest as the caller gave it."""
+        num_tokens = layout.sum((labels != self.ignore_index).to(stats.logp.dtype))
+        w, v = self._row_weights(token_weights, kl_weights, labels, num_tokens, layout)
 
         def total(values: Tensor, weights: Tensor | None = None) -> Tensor:
-            return layout.sum(values if weights is None else values * self._row_weights(weights, counted, layout, values.dtype))
+            return layout.sum(values if weights is None else values * weights)
 
-        log_ratio = total(stats.logp if stats.ref_logp is None else stats.logp - stats.ref_logp, token_weights)
-        kl = None if stats.kl is None else total(stats.kl, kl_weights)
-        return self._sequence_sums(log_ratio, kl, total(stats.logp), total(counted.to(stats.logp.dtype)), ref_logps)
+        totals = SequenceSums(
+            log_ratio=total(stats.logp if stats.ref_logp is None else stats.logp - stats.ref_logp, w),
+            kl=None if stats.kl is None else total(stats.kl, v),
+            logp=total(stats.logp),
+            num_tokens=num_tokens,
+            log_sum_sq_probs=None if stats.log_sum_sq_probs is None else total(stats.log_sum_sq_probs),
+            ref_logp=None if stats.ref_logp is None or self.form().kind != "batch" else total(stats.ref_logp, w),
+        )
+        sums = self._sequence_sums(totals, ref_logps)
+        losses = self.pair_losses(*sums.split(self.interleaved), self._mean_tokens(num_tokens))
+        extras = {name: total(getattr(stats, name)) for name in self.extras}
+        return self._output(sums, losses, num_pairs, extras, num_tokens)
 
-    def _row_weights(self, weights: Tensor, counted: Tensor, layout: SequenceLayout, dtype: torch.dtype) -> Tensor:
-        """Shifted with the labels; those of positions that do not count are left out, whatever they hold."""
-        return layout.shift(weights, 0).to(dtype).where(counted, 0.0)
+    def _row_weights(
+        self,
+        token_weights: Tensor | None,
+        kl_weights: Tensor | None,
+        labels: Tensor,
+        num_tokens: Tensor,
+        layout: SequenceLayout,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of log-ratios and of divergences, as already shifted `labels`; those of positions that do not count are left out,
+        whatever they hold."""
+        counted = labels != self.ignore_index
+        tail = None if self.ld_alpha is None else self._tail_weights(self.ld_alpha, counted, num_tokens, layout)
 
-    def _sequence_sums(
-        self, log_ratio: Tensor, kl: Tensor | None, logp: Tensor, num_tokens: Tensor, ref_logps: Tensor | None
-    ) -> SequenceSums:
+        def rows(weights: Tensor | None) -> Tensor | None:
+            if weights is None:
+                return tail
+            weights = layout.shift(weights, 0).to(num_tokens.dtype).where(counted, 0.0)
+            return weights if tail is None else weights * tail
+
+        return rows(token_weights), rows(kl_weights)
+
+    def _tail_weights(self, alpha: float, counted: Tensor, num_tokens: Tensor, layout: SequenceLayout) -> Tensor:
+        """LD-DPO: 1 for as many tokens as both sequences of a pair have, `alpha` for those that only the longer one has."""
+        shared = torch.minimum(*split(num_tokens, self.interleaved))
+        shared = shared.repeat_interleave(2) if self.interleaved else shared.repeat(2)
+        # tokens that count are numbered from 1 through all sequences
+        last_shared = num_tokens.long().cumsum(0) - num_tokens + shared
+        beyond = counted.flatten().cumsum(0) > last_shared[layout.sequence_ids(counted).flatten()]
+        return num_tokens.new_ones(counted.shape).masked_fill(beyond.view(counted.shape), alpha)
+
+    def _mean_tokens(self, num_tokens: Tensor) -> Tensor | float:
+        """Of (S,) numbers of tokens, the mean of the chosen ones; 1 where sums are means already."""
+        chosen, _ = split(num_tokens, self.interleaved)
+        return 1.0 if self.average_log_prob else chosen.sum().clamp(min=1) / max(len(chosen), 1)
+
+    def _sequence_sums(self, totals: SequenceSums, ref_logps: Tensor | None) -> SequenceSums:
         """From sums over the tokens of each sequence: means of them with `average_log_prob`, less `ref_logps`."""
-        num_tokens = num_tokens.clamp(min=1)
-        sums = SequenceSums(log_ratio, kl, logp, num_tokens)
+        num_tokens = totals.num_tokens.clamp(min=1)
+        sums = totals._replace(num_tokens=num_tokens)
         if self.average_log_prob:
             sums = sums.map(lambda total: total / num_tokens)
         if ref_logps is not None:
-            sums = sums._replace(log_ratio=sums.log_ratio - ref_logps.detach().to(log_ratio.dtype))
+            ref_logp = ref_logps.detach().to(sums.log_ratio.dtype)
+            sums = sums._replace(log_ratio=sums.log_ratio - ref_logp, ref_logp=ref_logp)
         return sums
 
     def _output(
-        self, sums: SequenceSums, losses: Tensor, num_pairs: float | Tensor | None, loss: Tensor | None = None
+        self,
+        sums: SequenceSums,
+        losses: Tensor,
+        num_pairs: float | Tensor | None,
+        extras: dict[str, Tensor],
+        num_tokens: Tensor,
+        loss: Tensor | None = None,
     ) -> PreferenceOutput:
-        """From sums, losses (P,) and, where these carry no gradient, their sum `loss`."""
+        """From sums, losses (P,), what `token_metrics` takes and, where losses carry no gradient, their sum `loss`."""
         pairs = max(len(losses), 1)
         loss = losses.sum() if loss is None else loss
         if self.reduction == "mean":
@@ -369,6 +666,7 @@ class PreferenceLoss(nn.Module):
             "logps/chosen": chosen.logp,
             "logps/rejected": rejected.logp,
         }
+        reported |= self.more_metrics(chosen, rejected)
         if chosen.kl is not None and rejected.kl is not None:
             reported |= {"kl/chosen": chosen.kl, "kl/rejected": rejected.kl, "kl/margin": chosen.kl - rejected.kl}
         return PreferenceOutput(
@@ -380,7 +678,8 @@ class PreferenceLoss(nn.Module):
             rejected_logps=rejected.logp,
             chosen_kl=chosen.kl,
             rejected_kl=rejected.kl,
-            metrics={name: values.sum() / pairs for name, values in reported.items()},
+            metrics={name: values.sum() / pairs for name, values in reported.items()}
+            | token_metrics(extras, num_tokens, self.interleaved),
         )
 
 
@@ -415,6 +714,8 @@ class TDPOLoss(PreferenceLoss):
         return tdpo_log_ratios(chosen, rejected, alpha=self.alpha, variant=variant)
 
     def kl_slopes(self) -> tuple[float, float]:
+        if {*self.loss_types} == {"sft"}:  # which does not see them
+            return 0.0, 0.0
         return (1.0, 1.0) if self.variant == "tdpo1" else (0.0, self.alpha)
 
     def _check_reference(self, name: str, ref: Tensor | None, kl_weights: Tensor | None, ref_logps: Tensor | None) -> None:
@@ -434,18 +735,55 @@ class DPOLoss(PreferenceLoss):
     of `PreferenceLoss`.
     """
 
-    f_divergence: str = "reverse_kl"
-    """The divergence of f-DPO (arXiv 2309.16240) between sequence distributions; reverse KL is DPO."""
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    """f-DPO (arXiv 2309.16240): the divergence that the policy is regularised by; reverse KL is DPO. See `f_dpo_scores`."""
     f_alpha: float | None = None
-    """Its order."""
+    """The paper's α, in (0, 1), for f_divergence="alpha"; TRL's coefficient is 1 − α."""
+    f_max_exponent: float | None = None
+    """With forward_kl and alpha, let −αρ count as at most this, > 0; "f_divergence/clamped" reports how often that happens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.f_divergence != "reverse_kl" or self.f_alpha is not None:
+        _check_choice("f_divergence", self.f_divergence, ("reverse_kl", "forward_kl", "js", "alpha"))
+        if self.f_divergence == "alpha":
+            _check_number("f_alpha", self.f_alpha, lambda alpha: 0 < alpha < 1, "in (0, 1) for f_divergence='alpha'")
+        elif self.f_alpha is not None:
+            raise ValueError(f"f_alpha is an option of f_divergence='alpha'; got f_divergence={self.f_divergence!r}")
+        if self.f_max_exponent is not None:
+            _check_number("f_max_exponent", self.f_max_exponent, lambda exponent: exponent > 0, "> 0, or None")
+            if self.f_divergence not in ("forward_kl", "alpha"):
+                raise ValueError(f"f_max_exponent is for what has an exponent; got f_divergence={self.f_divergence!r}")
+        margins = [name for name in self.loss_types if PAIR_FORMS[name].kind == "margin"]
+        if self.f_divergence != "reverse_kl" and not (margins and {*self.loss_types} <= {*margins, "sft"}):
+            fit = ", ".join(name for name, form in PAIR_FORMS.items() if form.kind == "margin")
             raise ValueError(
-                "this version supports f_divergence='reverse_kl' with f_alpha=None only, which is DPO; got "
-                f"f_divergence={self.f_divergence!r}, f_alpha={self.f_alpha!r}"
+                f"f_divergence={self.f_divergence!r} holds for differences of scores, in which the normaliser cancels: {fit}, "
+                f"and sft beside them; got loss_type={self.loss_type!r}"
             )
+
+    def form(self) -> Form:
+        return super().form() if self.f_divergence == "reverse_kl" else Form("pair")
+
+    def log_ratios(self, chosen: SequenceSums, rejected: SequenceSums) -> tuple[Tensor, Tensor]:
+        options = (self.f_divergence, self.f_alpha, self.f_max_exponent)
+        return f_dpo_scores(chosen.log_ratio, *options), f_dpo_scores(rejected.log_ratio, *options)
+
+    def reward_log_ratios(self, chosen: SequenceSums, rejected: SequenceSums) -> tuple[Tensor, Tensor]:
+        return chosen.log_ratio, rejected.log_ratio
+
+    def more_metrics(self, chosen: SequenceSums, rejected: SequenceSums) -> dict[str, Tensor]:
+        if self.f_max_exponent is None:
+            return {}
+        least = -self.f_max_exponent / (self.f_alpha or 1.0)
+        clamped = [(sums.log_ratio < least).to(sums.log_ratio.dtype) for sums in (chosen, rejected)]
+        return {"f_divergence/clamped": (clamped[0] + clamped[1]) / 2}
+
+
+def _log_likelihood(sums: SequenceSums) -> Tensor:
+    """mean_t(log p(y) − log Σ p²) of each sequence, without a gradient."""
+    if sums.log_sum_sq_probs is None:
+        raise ValueError("use_weighting needs log_sum_sq_probs of both sequences; got None")
+    return (sums.logp.detach() - sums.log_sum_sq_probs) / sums.num_tokens
 
 
 def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:

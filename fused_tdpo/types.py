@@ -56,7 +56,7 @@ class PreferenceOutput(NamedTuple):
     loss: Tensor
     """() the value to call ``backward()`` on."""
     losses: Tensor
-    """(P,) loss of each pair."""
+    """(P,) loss of each pair; of "aot" and "aot_unpaired", which sort, of each rank."""
     chosen_rewards: Tensor
     """(P,) implicit reward of the chosen sequence."""
     rejected_rewards: Tensor
@@ -70,6 +70,7 @@ class PreferenceOutput(NamedTuple):
     rejected_kl: Tensor | None
     """(P,) the same of the rejected sequence."""
     metrics: dict[str, Tensor]
-    """0-dim tensors under the names that TRL and the TDPO authors log; reading them is what synchronises, not making them."""
+    """0-dim tensors under the names that TRL and the TDPO authors log: means over pairs, and those of a loss's `extras` over
+    tokens. Reading them is what synchronises, not making them."""
     engine: Engine | None = None
     """Of a loss from hidden states; None from logits."""

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_tdpo
 from contract_linear import one_thread  # noqa: F401 - a fixture, which pytest finds by its name
 from fused_tdpo import DPOLoss, LinearDPOLoss, LinearTDPOLoss, LMHead, PreferenceOutput, TDPOLoss
+from fused_tdpo.losses import PAIR_LOSSES
 from official_tdpo import IGNORE, expected_sums
 from tolerances import assert_exactly_zero, assert_same_bits, assert_within_budget
 
@@ -197,7 +198,8 @@ def run(
 
 def oracle(family: str, batch: Batch, train: Iterable[str] = TRAINED, **keywords: Any) -> Outcome:
     """The loss on logits; `keywords` are options of the loss or of the call."""
-    options = {name: keywords.pop(name) for name in [*keywords] if name in inspect.signature(TDPOLoss).parameters}
+    known = inspect.signature(DPOLoss if family == "dpo" else TDPOLoss).parameters
+    options = {name: keywords.pop(name) for name in [*keywords] if name in known}
     return run(make(family, linear=False, backend="reference", **options), batch, train, **keywords)
 
 
@@ -268,11 +270,30 @@ LOSSES = {
     "sum": {"reduction": "sum", "beta": 0.3},
     "temperature": {"temperature": 1.7, "beta": 0.3},
     "effective": {"reward": "effective", "alpha": 1.4},
+    **{name: {"loss_type": name, "beta": 0.4} for name in PAIR_LOSSES if name not in ("sigmoid", "ipo", "hinge", "robust")},
+    "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 0.05, "beta": 0.4},
+    "aot": {"loss_type": "aot", "label_smoothing": 0.1, "beta": 0.4, "average_log_prob": True},
+    "mpo": {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0), "beta": 0.3},
+    "sft-average": {"loss_type": ("sft", "ipo"), "average_log_prob": True},
+    "margins": {"loss_type": ["ipo", "sigmoid_norm"], "loss_weights": [0.1, 1.0], "beta": 0.3},
+    "batch-mixture": {"loss_type": ("sigmoid", "aot_unpaired"), "beta": 0.3},
+    "ld": {"ld_alpha": 0.3, "beta": 0.3},
+    "ld-sequence-average": {"ld_alpha": 0.6, "loss_type": "bco_pair", "average_log_prob": True, "beta": 2.0},
+    "ld-sft": {"ld_alpha": 0.3, "loss_type": ("sigmoid", "sft"), "beta": 0.3},
+    "wpo": {"use_weighting": True, "beta": 0.3},
+    "wpo-sequence": {"use_weighting": True, "loss_type": "nca_pair", "beta": 0.3},
+    "wpo-ld-average": {"use_weighting": True, "ld_alpha": 0.4, "average_log_prob": True, "extras": ("entropy",)},
+}
+OF_DPO = {
+    "forward-kl": {"f_divergence": "forward_kl"},
+    "js": {"f_divergence": "js", "loss_type": ("hinge", "sft"), "beta": 0.5},
+    "alpha": {"f_divergence": "alpha", "f_alpha": 0.3, "loss_type": "ipo", "beta": 0.4},
+    "clamped": {"f_divergence": "alpha", "f_alpha": 0.5, "f_max_exponent": 0.5, "beta": 0.4},
 }
 EVERY_LOSS = [
     pytest.param(family, options, id=f"{family}-{name}")
-    for (name, options), family in itertools.product(LOSSES.items(), ("tdpo1", "tdpo2", "dpo"))
-    if family != "dpo" or name != "effective"
+    for (name, options), family in itertools.product((LOSSES | OF_DPO).items(), ("tdpo1", "tdpo2", "dpo"))
+    if name not in ("effective" if family == "dpo" else OF_DPO)
 ]
 
 
@@ -281,14 +302,19 @@ def test_every_loss_by_every_route(family: str, options: dict[str, Any]) -> None
     """Engine, chunk, head trained or frozen: one loss, one gradient, that of the logits in float64; near it in float32."""
     batch = make_batch(UNEVEN)
     single = batch.to(fp32)
+    one_pass = make(family, **options).obstacle(weighted=False) is None
+    engines = ENGINES if one_pass else ("recompute", "auto")
+    if not one_pass:
+        with pytest.raises(ValueError, match=r"(?s)one_pass.*recompute"):
+            make(family, engine="one_pass", **options)
     for train in (TRAINED, FROZEN):
         expected = oracle(family, batch, train, **options)
         assert all(grad.abs().max() > 1e-5 for grad in expected.grads.values()), "the case must move something"
-        for engine, (name, budget) in itertools.product(ENGINES, budgets(batch).items()):
+        for engine, (name, budget) in itertools.product(engines, budgets(batch).items()):
             got = run(make(family, engine=engine, max_chunk_bytes=budget, **options), batch, train)
             assert_same(got, expected, what=f"{engine}, {name}, {'+'.join(train)}")
-            assert got.out.engine.name == engine
-        for engine in ENGINES:
+            assert got.out.engine.name == ("recompute" if engine == "auto" else engine)
+        for engine in engines:
             got = run(make(family, engine=engine, max_chunk_bytes=single.budget(8), **options), single, train)
             assert_same(got, expected, SINGLE, f"{engine}, float32, {'+'.join(train)}")
 
@@ -342,6 +368,106 @@ def test_padded_vocabularies(engine: str, family: str) -> None:
         assert_exactly_zero("gradient beyond vocab_size", got.grads["weight"][23:])
         got.grads["weight"] = got.grads["weight"][:23]
         assert_same(got, expected)
+
+
+BY_LAYOUT = ("mpo", "sft", "aot", "ld", "wpo", "wpo-ld-average")
+
+
+@families
+@trains
+@pytest.mark.parametrize("layout", ["packed", "interleaved", "counted", "weighted"])
+@pytest.mark.parametrize("name", BY_LAYOUT)
+def test_losses_that_see_more_than_ratios_in_every_layout(name: str, layout: str, train: tuple[str, ...], family: str) -> None:
+    """Numbers of tokens, places in a sequence, squares of probabilities: found wherever the rows are."""
+    batch = make_batch(UNEVEN, seed=32)
+    options, keywords = LOSSES[name], {}
+    if layout == "weighted":
+        keywords["token_weights"] = torch.rand(batch.labels.shape).double()
+    expected = oracle(family, batch, train, **options, **keywords)
+    if layout == "interleaved":
+        order = [s for p in range(6) for s in (p, p + 6)]
+        batch, options = batch.sequences(order), options | {"interleaved": True}
+        expected.grads["hidden"] = expected.grads["hidden"][order]
+    if layout == "packed":
+        expected.grads["hidden"] = batch.pack(expected.grads["hidden"])
+        keywords["cu_seqlens"], batch = batch.cu_seqlens(), batch.packed()
+    if layout == "counted":
+        keywords["valid_rows"] = batch.counts()
+    for rows in (3, 8, 100):
+        loss = make(family, max_chunk_bytes=batch.budget(rows), **options)
+        got = run(loss, batch, train, **keywords)
+        assert_same(got, expected, what=f"{rows} rows a chunk")
+        reason = loss.obstacle(layout == "weighted")
+        assert got.out.engine.name == ("one_pass" if reason is None else "recompute")
+        assert reason is None or got.out.engine.reason == reason
+
+
+@trains
+@pytest.mark.parametrize("name", BY_LAYOUT)
+def test_losses_that_see_more_than_ratios_with_ref_logps(name: str, train: tuple[str, ...]) -> None:
+    batch = make_batch(UNEVEN, seed=33)
+    options = {n: v for n, v in LOSSES[name].items() if n != "ld_alpha"}
+    expected = oracle("dpo", batch, train, **options)
+    sums = expected_sums(batch.policy.logits(), batch.ref.logits(), batch.labels)
+    ref_logps = sums.ref_logps / sums.lengths.clamp(min=1) if options.get("average_log_prob") else sums.ref_logps
+    alone = replace(batch, ref=None)
+    for rows in (3, 100):
+        got = run(make("dpo", max_chunk_bytes=alone.budget(rows), **options), alone, train, ref_logps=ref_logps)
+        near("losses", got.out.losses, expected.out.losses)
+        for grad in train:
+            near(f"gradient of {grad}", got.grads[grad], expected.grads[grad])
+
+
+def test_sft_refuses_one_pass_where_tokens_have_weights() -> None:
+    batch = make_batch()
+    loss = make("dpo", loss_type="sft", engine="one_pass")
+    with pytest.raises(ValueError, match=r"(?s)one_pass.*'sft'.*weights.*recompute"):
+        run(loss, batch, token_weights=torch.ones(batch.labels.shape))
+
+
+EXTRAS = ("entropy", "ref_entropy", "accuracy", "mean_logit")
+
+
+@families
+@engines
+@trains
+@pytest.mark.parametrize("layout", ["padded", "packed", "interleaved", "weighted", "average", "shared head"])
+def test_extras(layout: str, train: tuple[str, ...], engine: str, family: str) -> None:
+    """From groups of pairs and from long ones: the metrics of the loss on logits, which are means over tokens."""
+    batch = make_batch(UNEVEN, V=5, seed=29, shared=layout == "shared head")
+    keywords: dict[str, Any] = {"extras": EXTRAS, "average_log_prob": layout == "average"}
+    if layout == "weighted":
+        keywords["token_weights"] = torch.rand(batch.labels.shape).double()
+    expected = oracle(family, batch, train, **keywords)
+    assert 0 < expected.out.metrics["mean_token_accuracy"] < 1
+    options = {name: keywords.pop(name) for name in ("extras", "average_log_prob")}
+    if layout == "interleaved":
+        order = [s for p in range(6) for s in (p, p + 6)]
+        batch, options["interleaved"] = batch.sequences(order), True
+        expected.grads["hidden"] = expected.grads["hidden"][order]
+    if layout == "packed":
+        expected.grads["hidden"] = batch.pack(expected.grads["hidden"])
+        keywords["cu_seqlens"], batch = batch.cu_seqlens(), batch.packed()
+    for rows in (1, 3, 8, 100):
+        loss = make(family, engine=engine, max_chunk_bytes=batch.budget(rows), **options)
+        got = run(loss, batch, train, **keywords)
+        assert_same(got, expected, what=f"{rows} rows a chunk")
+        for name in ("entropy", "ref_entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"):
+            assert not got.out.metrics[name].requires_grad
+
+
+@engines
+def test_extras_of_the_policy_need_no_reference(engine: str) -> None:
+    batch = make_batch(UNEVEN, seed=30)
+    ref_logps = expected_sums(batch.policy.logits(), batch.ref.logits(), batch.labels).ref_logps
+    expected = oracle("dpo", batch, extras=("mean_logit", "entropy")).out.metrics
+    alone = replace(batch, ref=None)
+    loss = make("dpo", engine=engine, extras=["mean_logit", "entropy"], max_chunk_bytes=alone.budget(8))
+    metrics = run(loss, alone, ref_logps=ref_logps).out.metrics
+    for name in ("entropy", "logits/chosen", "logits/rejected"):
+        near(name, metrics[name], expected[name])
+    with pytest.raises(ValueError, match=r"(?s)ref_entropy.*ref_hidden"):
+        run(make("dpo", engine=engine, extras=("ref_entropy",)), alone, ref_logps=ref_logps)
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------------
@@ -956,7 +1082,8 @@ def test_triton(train: tuple[str, ...], engine: str, family: str) -> None:
     """The same seam over the kernels: groups, and a pair longer than a chunk."""
     batch = make_batch(dtype=fp32, seed=35)
     for rows in (4, 100):
-        check(family, batch, train, SINGLE, engine=engine, backend="triton", max_chunk_bytes=batch.budget(rows))
+        options = {"backend": "triton", "max_chunk_bytes": batch.budget(rows), "extras": EXTRAS, "use_weighting": True}
+        check(family, batch, train, SINGLE, engine=engine, **options)
 
 
 # --- which engine ----------------------------------------------------------------------------------------------------------
@@ -1211,7 +1338,10 @@ else:
             keywords["valid_rows"] = batch.counts()
         if "weighted" in flags:
             weights = torch.randn(batch.labels.shape, dtype=fp64)
-            keywords |= {"token_weights": batch.pack(weights) if "packed" in flags else weights, "learned": ["token_weights"]}
+            keywords["token_weights"] = batch.pack(weights) if "packed" in flags else weights
+            keywords["learned"] = ["token_weights"] if name != "sft" else []  # which does not see them
         if "packed" in flags:
             keywords["cu_seqlens"], batch = batch.cu_seqlens(), batch.packed()
+        if make(family, **{n: v for n, v in LOSSES[name].items() if n in keywords}).obstacle("weighted" in flags):
+            keywords["engine"] = "auto"
         check(family, batch, train, **keywords)

@@ -388,6 +388,97 @@ def test_without_a_reference_distribution_there_is_no_kl(backend: str) -> None:
     assert set(out.metrics) == METRICS - KL_METRICS
 
 
+EXTRAS = ("entropy", "ref_entropy", "accuracy", "mean_logit")
+
+
+def expected_token_metrics(batch: Batch) -> dict[str, float]:
+    """Token by token; the first half of the sequences is chosen."""
+    found: dict[str, list[float]] = {
+        name: [] for name in ("entropy", "ref_entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+    }
+    for s, row in enumerate(batch.labels):
+        chosen = s < len(batch.labels) // 2
+        for t, label in enumerate(row[1:].tolist()):
+            if label == IGNORE:
+                continue
+            for name, logits in (("entropy", batch.policy), ("ref_entropy", batch.ref)):
+                log_p = logits[s, t].double().log_softmax(-1)
+                found[name].append(-float((log_p.exp() * log_p).sum()))
+            found["logits/chosen" if chosen else "logits/rejected"].append(float(batch.policy[s, t].double().mean()))
+            if chosen:
+                found["mean_token_accuracy"].append(float(batch.policy[s, t].argmax() == label))
+    return {name: sum(values) / max(len(values), 1) for name, values in found.items()}
+
+
+@backends
+@pytest.mark.parametrize("options", [{}, {"average_log_prob": True}, {"reduction": "sum"}], ids=["", "average", "sum"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "interleaved", "weighted"])
+@pytest.mark.parametrize("make", [TDPOLoss, DPOLoss], ids=["tdpo", "dpo"])
+def test_extras_become_means_over_tokens(backend: str, make: type, layout: str, options: dict[str, Any]) -> None:
+    """Of policy and reference over all tokens that count, of accuracy over the chosen ones; whatever the loss averages."""
+    batch = make_batch(V=5, holes=0.2, seed=37)
+    expected = expected_token_metrics(batch)
+    assert 0 < expected["mean_token_accuracy"] < 1, "an accuracy of 0 or 1 tests little"
+    keywords: dict[str, Tensor] = {}
+    if layout == "interleaved":
+        order = [s for p in range(4) for s in (p, p + 4)]
+        batch = Batch(*(x[order] for x in batch[:3]), tuple(batch.lengths[s] for s in order))
+    if layout == "packed":
+        keywords["cu_seqlens"], batch = batch.cu_seqlens(), batch.packed()
+    if layout == "weighted":
+        keywords["token_weights"] = torch.rand(batch.labels.shape).double()
+    loss = make(extras=EXTRAS, interleaved=layout == "interleaved", backend=backend, **options)
+    out, grad = value_and_grad(lambda x: loss(x, *batch[1:3], **keywords), batch.policy)
+    assert out.metrics.keys() == METRICS | expected.keys()
+    for name, value in expected.items():
+        assert out.metrics[name].item() == pytest.approx(value, rel=1e-12), name
+        assert out.metrics[name].shape == ()
+        assert not out.metrics[name].requires_grad
+    plain = make(interleaved=layout == "interleaved", backend=backend, **options)
+    out, expected_grad = value_and_grad(lambda x: plain(x, *batch[1:3], **keywords), batch.policy)
+    assert out.metrics.keys() == METRICS
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=0)
+
+
+@backends
+@pytest.mark.parametrize("name", EXTRAS)
+def test_one_extra_alone(backend: str, name: str) -> None:
+    batch = make_batch(seed=38)
+    added = TDPOLoss(extras=[name], backend=backend)(*batch[:3]).metrics.keys() - METRICS
+    expected = {
+        "entropy": {"entropy"},
+        "ref_entropy": {"ref_entropy"},
+        "accuracy": {"mean_token_accuracy"},
+        "mean_logit": {"logits/chosen", "logits/rejected"},
+    }
+    assert added == expected[name]
+
+
+@backends
+def test_extras_without_a_token_are_0(backend: str) -> None:
+    batch = make_batch(seed=39)
+    labels = batch.labels.clone()
+    labels[:4] = IGNORE
+    metrics = TDPOLoss(extras=EXTRAS, backend=backend)(*batch[:2], labels).metrics
+    assert metrics["mean_token_accuracy"] == metrics["logits/chosen"] == 0
+    assert metrics["logits/rejected"] != 0
+    assert metrics["entropy"] > 0
+    metrics = TDPOLoss(extras=EXTRAS, backend=backend)(*batch[:2], labels.fill_(IGNORE)).metrics
+    assert all(metrics[name] == 0 for name in ("entropy", "ref_entropy", "logits/rejected"))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_extras_cost_no_second_op(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call of the op, which has them all."""
+    calls = []
+    original = fused_tdpo.losses.token_stats
+    monkeypatch.setattr(
+        "fused_tdpo.losses.token_stats", lambda *args, **kw: calls.append(kw["extras"]) or original(*args, **kw)
+    )
+    TDPOLoss(extras=EXTRAS, backend=backend)(*make_batch(TINY, V=5, dtype=torch.float32)[:3])
+    assert calls == [EXTRAS]
+
+
 @backends
 def test_nothing_needs_a_gradient(backend: str) -> None:
     """Evaluation: under no_grad, and with logits that require none."""
@@ -496,10 +587,15 @@ def test_triton_packed_weighted_and_in_place(device: str) -> None:
 
 @pytest.mark.gpu
 @variants
-def test_losses_on_gpu_do_not_synchronise(variant: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"loss_type": ("sft", "ipo")}, {"loss_type": "aot"}, {"ld_alpha": 0.3, "use_weighting": True}],
+    ids=["sigmoid", "sft", "aot", "weighted"],
+)
+def test_losses_on_gpu_do_not_synchronise(variant: str, options: dict[str, Any]) -> None:
     batch = make_batch(TINY, V=37, dtype=torch.float32, seed=35)
     policy, ref, labels = (x.cuda() for x in batch[:3])
-    loss = TDPOLoss(variant=variant)
+    loss = TDPOLoss(variant=variant, extras=EXTRAS, **options)
     loss(policy.clone().requires_grad_(), ref, labels).loss.backward()  # compiles
     policy.requires_grad_()
     torch.cuda.set_sync_debug_mode("error")
@@ -514,6 +610,10 @@ COMPILED = [
     pytest.param(lambda: TDPOLoss(backend="torch"), id="tdpo2"),
     pytest.param(lambda: TDPOLoss(loss_type="ipo", average_log_prob=True), id="tdpo2-ipo-auto"),
     pytest.param(lambda: DPOLoss(label_smoothing=0.1, backend="torch"), id="cdpo"),
+    pytest.param(lambda: TDPOLoss(extras=("entropy", "accuracy"), backend="torch"), id="extras"),
+    pytest.param(lambda: TDPOLoss(loss_type=("sigmoid", "sft", "aot"), loss_weights=(0.8, 0.1, 0.3)), id="mixture"),
+    pytest.param(lambda: TDPOLoss(ld_alpha=0.3, use_weighting=True), id="weighted"),
+    pytest.param(lambda: DPOLoss(f_divergence="alpha", f_alpha=0.4, f_max_exponent=20.0), id="f-dpo"),
 ]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_tdpo import DPOLoss, PreferenceOutput, TDPOLoss
+from fused_tdpo.losses import PAIR_FORMS, PAIR_LOSSES
 from official_tdpo import (
     IGNORE,
     UNEVEN,
@@ -287,6 +288,29 @@ def test_pairs_are_independent(backend: str, family: str) -> None:
     for name in PreferenceOutput._fields[1:-2]:
         torch.testing.assert_close(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name), **EXACT)
         torch.testing.assert_close(getattr(permuted, name), getattr(whole, name)[order], **EXACT)
+
+
+SMOOTHING = {"exo_pair": 0.05}
+
+
+@backends
+@families
+@pytest.mark.parametrize("loss_type", PAIR_LOSSES)
+def test_the_order_of_pairs_does_not_matter(backend: str, family: str, loss_type: str) -> None:
+    """Whatever couples them: the same loss, and the gradients go with their pairs. Losses of the others go with them, too."""
+    batch = make_batch(holes=0.2, seed=40)
+    loss = make_loss(family, loss_type=loss_type, label_smoothing=SMOOTHING.get(loss_type, 0.0), backend=backend)
+    order = [2, 0, 3, 1]
+    (whole, grad), (permuted, permuted_grad) = run(loss, batch), run(loss, pairs_of(batch, order))
+    coupled = PAIR_FORMS[loss_type].kind == "batch"
+    torch.testing.assert_close(permuted.loss, whole.loss, **EXACT)
+    torch.testing.assert_close(permuted.losses, whole.losses if coupled else whole.losses[order], **EXACT)
+    torch.testing.assert_close(permuted_grad, grad[[*order, *(p + P for p in order)]], **EXACT)
+    alone = torch.stack([run(loss, pairs_of(batch, [p]))[0].loss for p in range(P)])
+    if coupled or loss_type == "sft":
+        assert (alone - whole.losses).abs().max() > 1e-3, "the losses of pairs alone are as good"
+    else:
+        torch.testing.assert_close(alone, whole.losses, **EXACT)
 
 
 @backends

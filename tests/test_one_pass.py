@@ -20,8 +20,9 @@ from fused_tdpo._chunks import plan_pairs, split
 from fused_tdpo._projection import row_bytes
 from fused_tdpo.functions.linear_token_stats import LinearOptions
 from fused_tdpo.functions.one_pass import Job, Objective, OnePassFunction, Sums
-from fused_tdpo.losses import PAIR_FORMS, PAIR_LOSSES, SequenceSums
+from fused_tdpo.losses import PAIR_FORMS, PAIR_LOSSES, Form, SequenceSums
 from fused_tdpo.reference import token_stats_reference
+from fused_tdpo.types import EXTRAS
 from products import counted_products
 from tolerances import assert_exactly_zero, assert_same_bits, assert_within_budget
 
@@ -147,7 +148,7 @@ class Problem:
     labels: Tensor
     ids: Tensor
     lengths: list[int]
-    w: Tensor
+    w: Tensor | None
     v: Tensor
 
     @property
@@ -201,7 +202,8 @@ def engine(
 ) -> tuple[Tensor | None, ...]:
     job = Job(
         ref=problem.ref, labels=problem.labels, sequence_ids=problem.ids, sequences=problem.sequences, lengths=problem.lengths,
-        objective=objective, options=options(problem, rows, **changes), check_labels=True, grad_mode=torch.is_grad_enabled(),
+        objective=objective, extras=(), options=options(problem, rows, **changes), check_labels=True,
+        grad_mode=torch.is_grad_enabled(),
     )  # fmt: skip
     return OnePassFunction.apply(*inputs, job)
 
@@ -220,7 +222,7 @@ def naive(problem: Problem, objective: Objective, inputs: list[Tensor | None]) -
         return torch.zeros(S, dtype=fp64).index_add(0, ids, values).view(2, -1)
 
     ratio = stats.logp if z is None else stats.logp - stats.ref_logp
-    sums = Sums(total(ratio, w), None if z is None else total(stats.kl, v), total(stats.logp))
+    sums = Sums(total(ratio, w), None if z is None else total(stats.kl, v), total(stats.logp), {})
     return objective.losses(sums, torch.arange(S // 2)), sums
 
 
@@ -280,6 +282,23 @@ def test_without_a_reference(rows: int):
         compare(problem, Objective(sft, "sequence", (0.0, 0.0), []), rows, (*needs, False, False))
 
 
+def beside_logp(sums: Sums, pairs: Tensor) -> Tensor:
+    """Sums of log-probabilities, whose rows are those of the log-ratio."""
+    return F.softplus(-0.2 * (sums.log_ratio[0] - sums.log_ratio[1])) - sums.logp[0] / 7
+
+
+@pytest.mark.parametrize("rows", [1, 4, 1000])
+def test_log_probabilities_beside_ratios(rows: int):
+    """One direction without weights. With weights there are two: NaN, and not a wrong gradient."""
+    problem = make_problem(LAYOUTS["uneven"])
+    objective = Objective(beside_logp, "pair", (0.0, 0.0), [])
+    for needs in NEEDS:
+        compare(replace(problem, w=None), objective, rows, (*needs, False, False))
+    inputs = problem.inputs((True, True, False, False, False))
+    total, *_ = engine(problem, objective, rows, inputs)
+    assert all(grad.isnan().any() for grad in torch.autograd.grad(total, inputs[:2]))
+
+
 def test_without_a_bias():
     compare(replace(make_problem(LAYOUTS["uneven"]), bias=None), OBJECTIVES["pair"], 4, (True, True, False, False, False))
 
@@ -312,34 +331,90 @@ def test_triton_takes_the_same_way(rows: int):
 # ------------------------------------------------------------------------------------------------------- declarations are true
 
 
+SMOOTHING = {"exo_pair": 0.1}
+MIXTURES = (
+    ("sigmoid", "sigmoid"), ("sigmoid", "ipo"), ("ipo", "sigmoid_norm"), ("nca_pair", "sppo_hard"), ("sigmoid", "bco_pair"),
+    ("sigmoid", "bco_pair", "sft"), ("bco_pair", "sft"), ("apo_down", "hinge"), ("aot", "sigmoid"),
+)  # fmt: skip
+DECLARED: dict[str, dict[str, Any]] = {
+    name: {"loss_type": name, "label_smoothing": SMOOTHING.get(name, 0.0)} for name in PAIR_LOSSES
+}
+DECLARED |= {"+".join(names): {"loss_type": names, "loss_weights": [0.8, 0.3, 1.1][: len(names)]} for names in MIXTURES}
+DECLARED |= {
+    f"{name}, weighted": {"loss_type": name, "use_weighting": True} for name in ("sigmoid", "ipo", "nca_pair", "apo_down")
+}
+OF_DPO: dict[str, dict[str, Any]] = {
+    f"{divergence} {name}": {"f_divergence": divergence, "loss_type": name, "f_alpha": 0.3 if divergence == "alpha" else None}
+    for divergence in ("forward_kl", "js", "alpha")
+    for name in ("sigmoid", "ipo", "hinge")
+}
+DECLARATIONS = [
+    pytest.param(family, name, id=f"{family}-{name}")
+    for family in ("dpo", "tdpo1", "tdpo2")
+    for name in (DECLARED | OF_DPO if family == "dpo" else DECLARED)
+]
+
+
 @pytest.mark.parametrize("average", [False, True], ids=["", "average_log_prob"])
-@pytest.mark.parametrize("loss_type", PAIR_LOSSES)
-@pytest.mark.parametrize("family", ["dpo", "tdpo1", "tdpo2"])
-def test_declared_forms(family: str, loss_type: str, average: bool):
-    """By autograd, at random sums: slopes are parallel to what the loss says of itself."""
-    common = {"loss_type": loss_type, "average_log_prob": average, "beta": 0.4}
+@pytest.mark.parametrize(("family", "name"), DECLARATIONS)
+def test_declared_forms(family: str, name: str, average: bool):
+    """By autograd, at random sums: slopes are parallel to what the loss says of itself, and where no form holds, it says so."""
+    common = {"average_log_prob": average, "beta": 0.4, **(DECLARED | OF_DPO)[name]}
     loss = LinearDPOLoss(**common) if family == "dpo" else LinearTDPOLoss(variant=family, alpha=0.7, **common)
-    ratio, kl, logp = (torch.randn(2, 50, dtype=fp64, requires_grad=True) for _ in range(3))
-    count = torch.randint(1, 20, (2, 50)).to(fp64)
-    sums = loss._sequence_sums(ratio, kl, logp, count, None)
-    losses = loss.pair_losses(sums.map(lambda t: t[0]), sums.map(lambda t: t[1]))
-    d_ratio, d_kl, d_logp = torch.autograd.grad(losses.sum(), (ratio, kl, logp), materialize_grads=True)
-    assert_exactly_zero("slope of logp, which no form has", d_logp)
+    n = 20
+    ratio, kl, logp = (torch.randn(2, n, dtype=fp64, requires_grad=True) for _ in range(3))
+    count, square, ref = torch.randint(1, 20, (2, n)).to(fp64), -torch.rand(2, n, dtype=fp64), torch.randn(2, n, dtype=fp64)
+    sums = loss._sequence_sums(SequenceSums(ratio, kl, logp, count, square, ref), None)
+
+    def losses(ratio: Tensor, pairs: slice = slice(None)) -> Tensor:
+        found = loss._sequence_sums(SequenceSums(ratio, kl, logp, count, square, ref), None)
+        return loss.pair_losses(*(found.map(lambda t, i=i: t[i, pairs]) for i in (0, 1)), 7.0)
+
+    assert sums.num_tokens.min() >= 1
+    d_ratio, d_kl, d_logp = torch.autograd.grad(losses(ratio).sum(), (ratio, kl, logp), materialize_grads=True)
+    d = d_ratio + d_logp
+    assert (d != 0).any()
+    assert d_logp.any() == ("sft" in loss.loss_types)
+    alone = torch.cat([losses(ratio, slice(p, p + 1)) for p in range(n)]).sum()
+    (d_alone,) = torch.autograd.grad(alone, ratio, materialize_grads=True)
+    if loss.form().kind == "batch":
+        assert (d_alone - d_ratio).abs().max() > 1e-3, "no pair depends on another one"
+        assert "whole batch" in loss.obstacle(weighted=False)
+        return
+    assert_equal("slopes of pairs alone", d_alone, d_ratio)
     b = torch.tensor(loss.kl_slopes(), dtype=fp64)[:, None]
-    assert_equal("slopes of K", d_kl, d_ratio * b)
-    form = PAIR_FORMS[loss_type]
-    scale = count[0] / count[1] if form.by_length or average else torch.ones(50, dtype=fp64)
-    assert (d_ratio != 0).any()
-    if form.kind == "margin":
-        assert_equal("slopes of R", d_ratio[1], -scale * d_ratio[0])
-    if form.kind == "sequence":
-        mixed = torch.autograd.functional.hessian(
-            lambda r: loss.pair_losses(
-                *(SequenceSums(r[i], kl[i].detach()[:1], logp[i].detach()[:1], count[i][:1]) for i in (0, 1))
-            ).sum(),
-            ratio.detach()[:, :1],
-        )
-        assert_equal("a slope that depends on the other sequence", mixed[0, :, 1], torch.zeros(1, 1, dtype=fp64))
+    if (loss.obstacle(weighted=False) or "").startswith("'sft'"):
+        assert family == "tdpo1"
+        assert (d_kl - d * b).abs().max() > 1e-3, "one direction a row would do"
+        return
+    assert loss.obstacle(weighted=False) is None
+    assert_equal("slopes of K", d_kl, d * b)
+    scale = count[0] / count[1] if loss.form().by_length or average else torch.ones(n, dtype=fp64)
+    if loss.form().kind == "margin":
+        assert_equal("slopes of R", d[1], -scale * d[0])
+    elif not average and not loss.use_weighting:  # nothing is declared wider than it is
+        assert (d[1] + scale * d[0]).abs().max() > 1e-3, "the form could be a margin"
+    if loss.form().kind == "sequence" and d_ratio.any():
+        (slope,) = torch.autograd.grad(losses(ratio).sum(), ratio, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope[0].sum(), ratio)
+        assert_exactly_zero("a chosen slope that depends on the rejected sequence", curvature[1])
+    assert loss.obstacle(weighted=True) is None or "sft" in loss.loss_types
+
+
+def test_forms_of_mixtures_and_of_weighting():
+    """The widest of the parts."""
+    for options, form in (
+        ({"loss_type": ["sigmoid", "hinge"]}, Form("margin")),
+        ({"loss_type": ["ipo", "sigmoid_norm"]}, Form("margin", by_length=True)),
+        ({"loss_type": ["ipo", "sigmoid"]}, Form("pair")),
+        ({"loss_type": ["nca_pair", "sft"]}, Form("sequence")),
+        ({"loss_type": ["nca_pair", "sigmoid"]}, Form("pair")),
+        ({"loss_type": ["aot", "sigmoid"]}, Form("batch")),
+        ({"loss_type": "sigmoid", "use_weighting": True}, Form("margin")),
+        ({"loss_type": "nca_pair", "use_weighting": True}, Form("pair")),
+        ({"f_divergence": "js"}, Form("pair")),
+    ):
+        assert LinearDPOLoss(**options).form() == form, options
 
 
 def test_every_loss_declares_its_form():
@@ -482,12 +557,42 @@ UNITS = [  # loss, engine, trained -> units
 ]
 
 
+@pytest.mark.parametrize("max_chunk_bytes", [20 * 2 * 48 * 4, None], ids=["long", "groups"])
+@pytest.mark.parametrize(
+    ("make", "options", "trained", "frozen"),
+    [
+        (LinearTDPOLoss, {"loss_type": ("sigmoid", "bco_pair", "sft")}, 4, 3),
+        (LinearTDPOLoss, {"use_weighting": True, "ld_alpha": 0.5}, 4, 3),
+        (LinearDPOLoss, {"f_divergence": "js"}, 4, 3),
+        (LinearTDPOLoss, {"loss_type": "aot"}, 6, 4),
+        (LinearDPOLoss, {"loss_type": "aot"}, 5, 3),
+        (LinearTDPOLoss, {"variant": "tdpo1", "loss_type": ("sigmoid", "sft")}, 6, 4),
+    ],
+    ids=["mixture", "weighted", "f-dpo", "aot", "aot-dpo", "sft beside a KL"],
+)
+def test_units_by_loss(make: type, options: dict[str, Any], trained: int, frozen: int, max_chunk_bytes: int | None):
+    """Whatever couples no batch goes in one pass."""
+    model = make_model()
+    loss = make(max_chunk_bytes=max_chunk_bytes, **options)
+    assert units(model.step(loss, True), model.shape) == trained
+    assert units(model.step(loss, False), model.shape) == frozen
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
 @pytest.mark.parametrize("max_chunk_bytes", [20 * 2 * 48 * 4, None], ids=["long", "groups"])
+@pytest.mark.parametrize("extras", [(), ("entropy", "ref_entropy", "accuracy", "mean_logit")], ids=["", "extras"])
 @pytest.mark.parametrize(("make", "engine_name", "trained", "expected"), UNITS)
-def test_units_of_losses(make: type, engine_name: str, trained: bool, expected: int, max_chunk_bytes: int | None, shared: bool):
+def test_units_of_losses(
+    make: type,
+    engine_name: str,
+    trained: bool,
+    expected: int,
+    extras: tuple[str, ...],
+    max_chunk_bytes: int | None,
+    shared: bool,
+):
     model = make_model().shared() if shared else make_model()
-    loss = make(engine=engine_name, max_chunk_bytes=max_chunk_bytes)
+    loss = make(engine=engine_name, max_chunk_bytes=max_chunk_bytes, extras=extras)
     assert units(model.step(loss, trained), model.shape) == expected
 
 
@@ -540,10 +645,11 @@ def test_rows_are_counted_once_and_not_at_all_if_given(monkeypatch: pytest.Monke
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"loss_type": ("sigmoid", "sft")}, {"ld_alpha": 0.3, "use_weighting": True}], ids=str)
 @pytest.mark.parametrize("name", ["one_pass", "recompute"])
-def test_nothing_waits_for_the_gpu(name: str):
+def test_nothing_waits_for_the_gpu(name: str, options: dict[str, Any]):
     model = make_model()
-    loss = LinearTDPOLoss(engine=name)
+    loss = LinearTDPOLoss(engine=name, extras=EXTRAS[:4], **options)
     given = (model.labels[:, 1:] != IGNORE).sum(-1).tolist()
     hidden, weight, ref_hidden, ref_weight, labels = (t.cuda() for t in vars(model).values())
     hidden.requires_grad_(), weight.requires_grad_()

@@ -43,7 +43,9 @@ class Sums(NamedTuple):
     kl: Tensor | None
     """K, of v·kl."""
     logp: Tensor
-    """Of logp alone."""
+    """Of logp alone. Its slope is added to that of R; with weights w, whose rows are R's alone, there must be none."""
+    extras: dict[str, Tensor]
+    """Name -> sums of the extras, without a gradient."""
 
 
 class Objective(NamedTuple):
@@ -81,6 +83,8 @@ class Job:
     lengths: list[int]
     """(S,) rows that count."""
     objective: Objective
+    extras: tuple[str, ...]
+    """Further statistics to sum over each sequence, of those that `token_stats` calls so."""
     options: LinearOptions
     check_labels: bool
     grad_mode: bool
@@ -88,7 +92,8 @@ class Job:
 
 
 class OnePassFunction(torch.autograd.Function):
-    """`(Σ losses, losses (P,), R (S,), K (S,) or None, Σ logp (S,))` of a `Job`; only the first is differentiable.
+    """`(Σ losses, losses (P,), R (S,), K (S,) or None, Σ logp (S,), *sums of the extras (S,))` of a `Job`; only the first is
+    differentiable.
 
     Args of `apply`, all positional:
         hidden, weight, bias: (N, D), (V, D), (V,) or None, of the policy.
@@ -176,7 +181,9 @@ class Sweep:
 
         self.tiles = make_tiles((hidden, weight, bias, *job.ref, job.labels), self.options, self.n)
         self.like: dict[str, Any] = {"dtype": stats_dtype(self.options.dtype, self.options.ref_dtype), "device": device}
-        self.stats = {name: torch.zeros(self.n, **self.like) for name in stat_names(job.ref[0] is not None, "")}
+        self.extras = job.extras
+        names = stat_names(job.ref[0] is not None, ",".join(self.extras))
+        self.stats = {name: torch.zeros(self.n, **self.like) for name in names}
         self.w, self.v = (
             None if t is None else t.detach()[self.order].to(self.like["dtype"]) for t in (token_weights, kl_weights)
         )
@@ -184,7 +191,7 @@ class Sweep:
         self.b[0], self.b[1] = self.objective.kl_slopes
         self.kl_turns = "kl" in self.stats and any(self.objective.kl_slopes)
         self.losses = torch.empty(P, **self.like)
-        self.sums = torch.zeros((3, 2, P), **self.like)  # R, K, sum of logp; of chosen, of rejected
+        self.sums = torch.zeros((3 + len(self.extras), 2, P), **self.like)  # R, K, of logp, of extras; of chosen, of rejected
         self.slopes = torch.empty((2, 2, P), **self.like)  # ∂/∂R, ∂/∂K, times the gain
         self.directions = hidden.new_empty((self.n, hidden.shape[1]), dtype=self.options.dtype) if need_hidden else None
         self.scales = torch.ones(self.n, **self.like) if need_hidden else None
@@ -263,7 +270,7 @@ class Sweep:
     def _fold(self, part: slice) -> Tensor:
         """Makes the logits of a chunk, and statistics of them; returns what their gradient needs."""
         self.tiles.project(self.order[part])
-        stats, saved = self.tiles.stats()
+        stats, saved = self.tiles.stats(self.extras)
         for name, stat in stats.items():
             self.stats[name][part] = stat
         return saved
@@ -299,6 +306,7 @@ class Sweep:
             ratio if self.w is None else ratio * self.w[group.rows],
             kl if kl is None or self.v is None else kl * self.v[group.rows],
             stats["logp"],
+            *(stats[name] for name in self.extras),
         )
         for total, values in zip(self.sums[:, :, group.pairs], rows, strict=True):
             if values is not None:
@@ -306,11 +314,13 @@ class Sweep:
                 total.copy_(sums.view(-1, 2).t())
 
         with own_autograd(self.differentiates):
-            R, K, logp = self.sums[:, :, group.pairs].clone().requires_grad_(self.differentiates).unbind()
-            losses = self.objective.losses(Sums(R, K if "kl" in stats else None, logp.detach()), self.pairs[group.pairs])
+            R, K, logp = self.sums[:3, :, group.pairs].clone().requires_grad_(self.differentiates).unbind()
+            extras = dict(zip(self.extras, self.sums[3:, :, group.pairs], strict=True))
+            losses = self.objective.losses(Sums(R, K if "kl" in stats else None, logp, extras), self.pairs[group.pairs])
             if self.differentiates:
-                slopes = torch.autograd.grad(losses.sum(), (R, K), materialize_grads=True)
-                self.slopes[:, :, group.pairs] = torch.stack(slopes) * self.objective.gain
+                of_R, of_K, of_logp = torch.autograd.grad(losses.sum(), (R, K, logp), materialize_grads=True)
+                of_R = of_R + of_logp if self.w is None else of_R.masked_fill(of_logp != 0, float("nan"))
+                self.slopes[:, :, group.pairs] = torch.stack((of_R, of_K)) * self.objective.gain
         self.losses[group.pairs] = losses.detach()
 
     def _verify(self, group: Group, R: Tensor | None = None, early: Tensor | None = None) -> None:
@@ -339,10 +349,10 @@ class Sweep:
         )
 
     def result(self) -> tuple[Tensor | None, ...]:
-        """Σ losses, losses, R, K, Σ logp, in the order of pairs and of sequences."""
+        """Σ losses, losses, R, K, Σ logp, sums of the extras, in the order of pairs and of sequences."""
         losses = torch.empty_like(self.losses).index_copy_(0, self.pairs, self.losses)
-        R, K, logp = (torch.empty_like(t).index_copy_(0, self.sequences, t) for t in self.sums.transpose(1, 2).flatten(1))
-        return losses.sum(), losses, R, K if "kl" in self.stats else None, logp
+        R, K, *sums = (torch.empty_like(t).index_copy_(0, self.sequences, t) for t in self.sums.transpose(1, 2).flatten(1))
+        return losses.sum(), losses, R, K if "kl" in self.stats else None, *sums
 
 
 def _log_ratio(stats: dict[str, Tensor]) -> Tensor:
