@@ -129,7 +129,7 @@ class LMHead:
             ValueError: its logits are no such product (a head with layers inside, an encoder-decoder), an adapter sits on the
                 head, or the check found a difference.
         """
-        model = _unwrap(model)
+        model = unwrap(model)
         if not callable(getattr(model, "get_output_embeddings", None)) or not hasattr(model, "config"):
             raise TypeError(
                 f"model must be a causal language model of transformers, with get_output_embeddings() and config; got "
@@ -161,7 +161,7 @@ def backbone(model: Any) -> nn.Module:
     Raises:
         ValueError: no such module is found.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     # not get_decoder(): of a vision-language model that is the text part, which never sees the images
     for name in ("base_model", "model"):  # base_model may be the model itself (Llama4)
         module = getattr(model, name, None)
@@ -258,7 +258,7 @@ def _read_transforms(config: Any, V: int) -> tuple[dict[str, Any], str]:
 _ON_LOGITS = "Use the losses on logits, TDPOLoss or DPOLoss, with model(...).logits."
 
 
-def _unwrap(model: Any) -> Any:
+def unwrap(model: Any) -> Any:
     """The model inside PEFT, DDP, FSDP, DeepSpeed and `torch.compile`, in any nesting."""
     while True:
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
@@ -316,7 +316,7 @@ _TOKENS = 8
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Sets the flags themselves: a call of train() may do more, and would not restore a mixture of modes."""
     modes = {module: module.training for module in model.modules()}
     try:
@@ -329,11 +329,11 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _run(module: Any, input_ids: Tensor, field: str) -> Tensor:
-    """One field, the first, of what a module of transformers returns."""
-    # a cache would be left behind in models that keep their state in their modules
-    options = {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
-    output = module(input_ids=input_ids, **options)
+def call(module: Any, field: str, **inputs: Any) -> Tensor:
+    """One field, the first, of what a module of transformers returns; without a cache, which some would keep in themselves."""
+    if "use_cache" in inspect.signature(module.forward).parameters:
+        inputs["use_cache"] = False
+    output = module(**inputs)
     return output[0] if isinstance(output, tuple) else getattr(output, field)
 
 
@@ -362,10 +362,10 @@ def _check(head: LMHead, model: nn.Module, module: nn.Module, input_ids: Tensor 
 
     handle = module.register_forward_pre_hook(enlarge)
     try:
-        with _eval_mode(model):
-            hidden = _run(backbone(model), input_ids, "last_hidden_state")
+        with eval_mode(model):
+            hidden = call(backbone(model), "last_hidden_state", input_ids=input_ids)
             factors = _factors(head, hidden)
-            theirs = _run(model, input_ids, "logits").to(head.weight.device)
+            theirs = call(model, "logits", input_ids=input_ids).to(head.weight.device)
             ours = head.logits((hidden * factors.to(hidden))[..., -theirs.shape[-2] :, :].to(head.weight.device))
     finally:
         handle.remove()

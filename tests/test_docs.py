@@ -49,8 +49,9 @@ def prose(path: Path) -> str:
 
 
 @each_document
-def test_code_runs(path: Path):
+def test_code_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """All blocks of a document, in their order, in one namespace."""
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in blocks(path, "python"):
         exec(compile(block, path.name, "exec"), namespace)
@@ -76,8 +77,8 @@ class Model(torch.nn.Module):
 
 def test_the_swap_changes_nothing():
     """The README's diff, before and after: the same loss, and the same weights after two steps."""
-    (diff,) = blocks(README, "diff")
-    lines = diff.strip("\n").splitlines()
+    swap, _ = blocks(README, "diff")
+    lines = swap.strip("\n").splitlines()
     ids = torch.randint(50, (2, 4, 9))  # two batches of two pairs
     labels = ids.clone()
     labels[:, :, :3] = -100
@@ -97,6 +98,31 @@ def test_the_swap_changes_nothing():
     before, after = weights
     assert (before - Model(1).table.weight.detach()).abs().max() > 1e-3, "the test itself is wrong: nothing was learned"
     assert_within_budget("weights", after, before, before, torch.full_like(before, 1e-6, dtype=torch.float64))
+
+
+def test_the_swap_of_trainers_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The README's other diff, before and after, on a CPU: both train, and ours logs the KL besides."""
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from tiny_models import byte_tokenizer, text_rows, tiny_model
+
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("model")
+    byte_tokenizer().save_pretrained("model")
+    _, swap = blocks(README, "diff")
+    lines = swap.replace('"out"', '"out", use_cpu=True, bf16=False, disable_tqdm=True').strip("\n").splitlines()
+    logged = []
+    for sign in "-+":
+        code = "\n".join(line[1:] for line in lines if line and line[0] in (" ", sign))
+        names = {"model": "model", "dataset": Dataset.from_list(text_rows(8)), "LoraConfig": LoraConfig}
+        exec(compile(code, f"{README.name}, lines with {sign}", "exec"), names)
+        assert names["trainer"].state.global_step > 0
+        names["trainer"].evaluate(Dataset.from_list(text_rows(8)))
+        logged.append(names["trainer"].state.log_history[-1].keys())
+    before, after = logged
+    assert after - before == {"eval_kl/chosen", "eval_kl/rejected", "eval_kl/margin"} and before <= after
 
 
 @pytest.mark.parametrize("name", ["", ".losses", ".linear_losses", ".heads", ".ops", ".functions", ".reference", ".types"])
