@@ -329,6 +329,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def _without_autocast(model: Any) -> Iterator[None]:
+    """accelerate leaves its autocast around the forward of a model that it has prepared, and the original beside it."""
+    prepared = model.forward
+    if "_original_forward" in vars(model):
+        model.forward = model._original_forward
+    try:
+        yield
+    finally:
+        if "_original_forward" in vars(model):
+            model.forward = prepared
+
+
 def call(module: Any, field: str, **inputs: Any) -> Tensor:
     """One field, the first, of what a module of transformers returns; without a cache, which some would keep in themselves."""
     if "use_cache" in inspect.signature(module.forward).parameters:
@@ -342,7 +355,7 @@ def _factors(head: LMHead, hidden: Tensor) -> Tensor:
     product = F.linear(hidden.to(head.weight), head.weight[: head.width]).float().abs().amax(-1)
     largest = torch.maximum(product, hidden.to(product).abs().amax(-1))
     sizes = torch.tensor(_SIZES, device=product.device).repeat(product.shape[-1])[: product.shape[-1]]
-    return torch.minimum(sizes / (abs(head.scale) * product), _LARGEST / largest).nan_to_num(1.0)[0, :, None]
+    return torch.minimum(sizes / (abs(head.scale) * product), _LARGEST / largest).nan_to_num(1.0, posinf=1.0)[0, :, None]
 
 
 def _check(head: LMHead, model: nn.Module, module: nn.Module, input_ids: Tensor | None, name: str, unknown: str) -> None:
@@ -365,7 +378,8 @@ def _check(head: LMHead, model: nn.Module, module: nn.Module, input_ids: Tensor 
         with eval_mode(model):
             hidden = call(backbone(model), "last_hidden_state", input_ids=input_ids)
             factors = _factors(head, hidden)
-            theirs = call(model, "logits", input_ids=input_ids).to(head.weight.device)
+            with _without_autocast(model):
+                theirs = call(model, "logits", input_ids=input_ids).to(head.weight.device)
             ours = head.logits((hidden * factors.to(hidden))[..., -theirs.shape[-2] :, :].to(head.weight.device))
     finally:
         handle.remove()

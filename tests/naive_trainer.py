@@ -165,10 +165,10 @@ def reference_adapters(model: Any) -> Iterator[None]:
         model.set_adapter(active)
 
 
-def both_logits(model: Any, ref_model: Any | None, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Of the policy and of the reference; without a `ref_model`, that is the policy's base model."""
+def both_logits(model: Any, ref_model: Any | None, inputs: dict[str, Tensor], autocast: Any) -> tuple[Tensor, Tensor]:
+    """Of the policy and of the reference, in one precision; without a `ref_model`, that is the policy's base model."""
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
-    with torch.no_grad():
+    with torch.no_grad(), autocast:
         if ref_model is None:
             with reference_adapters(model):
                 ref_logits = model(**inputs).logits
@@ -199,7 +199,8 @@ class Metered:
     meter: Meter
 
     def metered_loss(self, model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-        loss, metrics = self.objective(*both_logits(model, self.ref_model, inputs), labels)
+        logits = both_logits(model, self.ref_model, inputs, self.accelerator.autocast())  # type: ignore[attr-defined]
+        loss, metrics = self.objective(*logits, labels)
         self.meter.add(metrics)
         if self.model.training:
             self.meter.num_tokens += int(inputs["attention_mask"].sum())

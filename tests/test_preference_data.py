@@ -159,7 +159,6 @@ IDS = ROWS[0]
         (IDS | {"prompt_ids": [-1]}, "prompt_ids", "integers"),
         (IDS | {"prompt_ids": None}, "prompt_ids", "list.*NoneType"),
         (IDS | {"prompt_ids": "abc"}, "prompt_ids", "list.*str"),
-        (IDS | {"prompt_ids": torch.tensor([1])}, "prompt_ids", "list.*Tensor"),
         ({"prompt_ids": [1], "chosen_ids": [2]}, "rejected_ids", "missing"),
         (TEXT | {"chosen": ""}, "chosen", "empty"),
         (TEXT | {"chosen": None}, "chosen", "text"),

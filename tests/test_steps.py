@@ -99,6 +99,8 @@ def test_a_head_without_storage_is_refused():
 
 FSDP2 = """
 import copy, torch, torch.distributed as dist
+from contextlib import nullcontext
+from types import SimpleNamespace
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -113,6 +115,7 @@ def trainer(policy, reference):
     made = PreferenceTrainerMixin()
     made.model, made.ref_model, made.loss = policy, reference, LinearTDPOLoss(0.5)
     made.policy_head, made.ref_head = LMHead.from_model(policy), LMHead.from_model(reference)
+    made.accelerator = SimpleNamespace(autocast=nullcontext)
     accept_steps(policy)
     accept_steps(reference)
     return made

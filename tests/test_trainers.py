@@ -1367,3 +1367,79 @@ else:
     raise SystemExit("imported")
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_the_reference_runs_in_the_precision_of_the_policy(build: Build):
+    """Equal models are equal under autocast, too: the KL at the first step is exactly 0."""
+    model = tiny_model()
+    for module in MODULES:
+        pytest.importorskip(module)
+        logs = step_logs(run(build.fused(module, model, tiny_model(), Objective(), bf16=True, max_steps=1)).trainer)
+        assert logs[0]["kl/chosen"] == logs[0]["kl/rejected"] == 0.0
+
+
+def test_a_policy_that_another_trainer_has_prepared(build: Build):
+    """accelerate leaves its autocast on the model; the second training begins where a fresh one would."""
+    model = tiny_model()
+    run(build.fused("transformers", model, tiny_model(), Objective(), bf16=True, max_steps=1))
+    again = run(build.fused("transformers", model, nearby(model), Objective(), bf16=True, max_steps=1))
+    assert step_logs(again.trainer)[0]["kl/chosen"] > 0
+
+
+def test_adapters_that_cannot_be_switched_off_are_refused(build: Build):
+    pytest.importorskip("peft")
+    model = tiny_model()
+    model.add_adapter(lora_config())
+    with pytest.raises(ValueError, match="get_peft_model"):
+        build.fused("transformers", model, None, Objective())
+
+
+def test_vocabularies_of_different_width(module: str, build: Build):
+    """Padded differently: refused before training with the option to set, and right with it."""
+    model = tiny_model()
+    ref_model = nearby(model)
+    wide = copy.deepcopy(ref_model)
+    wide.resize_token_embeddings(V + 8)
+    with pytest.raises(ValueError, match=f"vocab_size={V}"):
+        build.fused(module, model, wide)
+    assert_same_run(
+        run(build.fused(module, model, wide, Objective(), vocab_size=V)),
+        run(build.naive(module, model, ref_model, Objective())),
+    )
+
+
+def test_predict_leaves_no_metrics_behind(build: Build):
+    model = tiny_model()
+    trainer = build.fused("transformers", model, nearby(model), Objective())
+    first = trainer.evaluate(id_rows(ROWS))
+    trainer.predict(id_rows(ROWS)[:2])
+    second = trainer.evaluate(id_rows(ROWS))
+    assert first["eval_rewards/chosen"] == second["eval_rewards/chosen"]
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_rows_that_are_tensors_or_arrays(build: Build, kind: str):
+    datasets = pytest.importorskip("datasets")
+    model = tiny_model()
+    ref_model = nearby(model)
+    rows = datasets.Dataset.from_list(id_rows(ROWS)).with_format(kind)
+    fused = run(build.fused("transformers", model, ref_model, Objective(), options={"train_dataset": rows}))
+    assert_same_run(fused, run(build.naive("transformers", model, ref_model, Objective())))
+
+
+@pytest.mark.parametrize("variant", ["tdpo1", "dpo"])
+def test_the_model_card_says_what_was_trained(build: Build, tmp_path: Path, variant: str):
+    pytest.importorskip("trl")
+    model = tiny_model()
+    trainer = build.fused("trl", model, nearby(model), tdpo_variant=variant)
+    trainer.create_model_card()
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert ("2404.11999" in card) == (variant != "dpo") and ("2305.18290" in card) == (variant == "dpo")
+
+
+@pytest.mark.parametrize("options", [{"f_divergence_type": "foo"}, {"f_alpha_divergence_coef": 2.0}], ids=["name", "order"])
+def test_divergences_that_trl_lacks(build: Build, options: dict[str, Any]):
+    pytest.importorskip("trl")
+    options = {"f_divergence_type": "alpha_divergence", "tdpo_variant": "dpo"} | options
+    with pytest.raises(ValueError, match=r"f_divergence_type.*foo|f_alpha_divergence_coef.*2\.0"):
+        build.fused("trl", tiny_model(), nearby(tiny_model()), **options)

@@ -45,6 +45,7 @@ def hidden_states(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return call(backbone(model), "last_hidden_state", **inputs)
 
 
+@torch.compiler.disable
 def current_head(head: LMHead, model: nn.Module) -> LMHead:
     """`head`, read from this model before, with the parameters that its module holds now: FSDP replaces them.
 

@@ -35,6 +35,9 @@ class TDPOArguments:
     engine: str = field(
         default="auto", metadata={"help": "How the loss is computed: auto, one_pass or recompute.", "choices": list(ENGINES)}
     )
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Columns of both models' logits to use, where they are padded differently."}
+    )
     max_chunk_bytes: int | None = field(
         default=None, metadata={"help": "Bound on the logits of both models that exist at once, in bytes."}
     )
@@ -69,6 +72,7 @@ class TDPOArguments:
             "divergence": self.divergence,
             "divergence_alpha": self.divergence_alpha,
             "engine": self.engine,
+            "vocab_size": self.vocab_size,
             "max_chunk_bytes": self.max_chunk_bytes,
             "logits_dtype": LOGITS_DTYPES[self.logits_dtype],
             "backend": self.backend,
@@ -123,7 +127,13 @@ class PreferenceTrainerMixin:
         self.ref_head = None
         if self.ref_model is not None:
             ref = unwrap(self.ref_model.eval())
-            self.ref_head = LMHead.from_model(ref, check=not _is_prepared(ref))
+            self.ref_head = LMHead.from_model(ref, check=not _is_sharded(ref))
+            widths = self.policy_head.width, self.ref_head.width
+            if loss.vocab_size is None and widths[0] != widths[1]:
+                raise ValueError(
+                    f"the vocabularies of policy and reference are padded differently, {widths[0]} and {widths[1]}: set "
+                    f"vocab_size={min(widths)} in the config, or the tokenizer's size, to compare the columns that both have"
+                )
             accept_steps(ref)
         elif any(t is not None and t.requires_grad for t in (self.policy_head.weight, self.policy_head.bias)):
             raise ValueError(
@@ -179,7 +189,7 @@ class PreferenceTrainerMixin:
             found.append((hidden, None if self.ref_head is None else current_head(self.ref_head, model)))
             return hidden.new_zeros(())  # what comes back through the wrappers may be a copy in float32
 
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():  # type: ignore[attr-defined]
             if self.ref_model is not None:
                 self.ref_model(**inputs, preference_step=step)
             else:
@@ -209,6 +219,11 @@ class PreferenceTrainerMixin:
         self._totals[mode] = self._totals.get(mode, 0) + everyone[:-1]
         if mode == "train":
             self._num_tokens = self._num_tokens + everyone[-1]
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """As of the trainer, with metrics of these batches alone: `predict` collects some that it does not log."""
+        self._totals.pop("eval", None)
+        return super().evaluation_loop(*args, **options)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log: over pairs, or over the tokens that a metric is about."""
@@ -242,12 +257,13 @@ def reference_adapter(model: Any) -> Iterator[None]:
         with peft_model.disable_adapter():
             yield
         return
-    active = peft_model.active_adapter
+    active, several = peft_model.active_adapter, peft_model.base_model.active_adapters
     peft_model.set_adapter("ref")
     try:
         yield
     finally:
         peft_model.set_adapter(active)
+        peft_model.base_model.set_adapter(several)
 
 
 def _token_counts(batch: dict[str, Any]) -> dict[str, Any]:
@@ -262,9 +278,8 @@ def _token_counts(batch: dict[str, Any]) -> dict[str, Any]:
     return {"chosen": chosen, "rejected": rejected, "both": chosen + rejected}
 
 
-def _is_prepared(model: nn.Module) -> bool:
-    """Whether accelerate has sharded the model, or put its autocast around it: then logits are not what they are without."""
-    return hasattr(model, "_original_forward") or any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+def _is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def _refuse_parallelism(accelerator: Any) -> None:

@@ -61,16 +61,17 @@ def _problems(row: Any, strict: bool, kinds: set[bool]) -> Iterable[tuple[str, s
         yield "", f"{'ids' if tokenized else 'no ids'}, unlike the first row"
         return
     for name in IDS if tokenized else TEXT:
-        value = row.get(name)
+        value: Any = row.get(name)
         if name not in row:
             if strict or name != "prompt":
                 yield name, f"missing; there are {', '.join(map(repr, row)) or 'no fields'}"
         elif tokenized:
-            if isinstance(value, str) or not isinstance(value, Sequence):
+            ids = _as_list(value)
+            if isinstance(ids, str) or not isinstance(ids, Sequence):
                 yield name, f"expected a list of token ids, got {type(value).__name__}"
-            elif not all(map(_is_id, value)):
+            elif not _are_ids(ids):
                 yield name, "expected integers >= 0 only"
-            elif not value and name != "prompt_ids":
+            elif not ids and name != "prompt_ids":
                 yield name, "empty"
         elif isinstance(value, str):
             if not value and strict and name != "prompt":
@@ -83,8 +84,14 @@ def _problems(row: Any, strict: bool, kinds: set[bool]) -> Iterable[tuple[str, s
         yield "", "text in one field and chat messages in another"
 
 
-def _is_id(token: Any) -> bool:
-    return isinstance(token, Integral) and token is not True and token is not False and int(token) >= 0
+def _as_list(values: Any) -> Any:
+    """Tensors and arrays as lists."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _are_ids(values: Sequence[Any]) -> bool:
+    whole = all(issubclass(kind, Integral) and kind is not bool for kind in set(map(type, values)))
+    return whole and min(values, default=0) >= 0
 
 
 def tokenize_pairs(
@@ -191,7 +198,7 @@ class PreferenceCollator:
         ids, labels = [], []
         for name in IDS[1:]:
             for row in rows:
-                prompt, answer = torch.tensor(row["prompt_ids"], dtype=torch.long), torch.tensor(row[name])
+                prompt, answer = (torch.tensor(_as_list(row[part]), dtype=torch.long) for part in ("prompt_ids", name))
                 ids.append(torch.cat([prompt, answer])[: self.max_length])
                 labels.append(torch.cat([prompt.new_full(prompt.shape, self.ignore_index), answer])[: self.max_length])
         batch: dict[str, Any] = {"valid_rows": [int((label[1:] != self.ignore_index).sum()) for label in labels]}

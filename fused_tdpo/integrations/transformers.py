@@ -95,6 +95,13 @@ class TDPOTrainer(PreferenceTrainerMixin, Trainer):
 
             set_seed(args.seed)
             model = get_peft_model(model, peft_config)
+        if others.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func is not used by TDPOTrainer, whose loss it would replace; leave it out")
+        if hasattr(model, "peft_config") and not hasattr(model, "disable_adapter"):
+            raise ValueError(
+                "adapters made by model.add_adapter cannot be switched off for the reference: make them with "
+                "peft.get_peft_model, or pass the adapter's config as peft_config"
+            )
         is_peft = hasattr(model, "peft_config")
         if ref_model is None and not is_peft:
             ref_model = model if args.precompute_ref_hidden else copy.deepcopy(model)  # as it is before training
@@ -118,7 +125,9 @@ class TDPOTrainer(PreferenceTrainerMixin, Trainer):
             processing_class=processing_class,
             **others,
         )
-        self.ref_model = None if ref_model is None else ref_model.to(args.device).eval()
+        self.ref_model = ref_model
+        if ref_model is not None and not hasattr(ref_model, "hf_device_map"):  # that of accelerate places it itself
+            ref_model.to(args.device)
         if ref_model is not None and ref_model is not model:
             ref_model.requires_grad_(False)
         if args.packed:

@@ -51,38 +51,75 @@ def _loss(args: TDPOConfig) -> LinearPreferenceLoss:
             "padding_free=True is not honoured, since TRL pads in any case: leave it off, or pack with packed=True in "
             "fused_tdpo.integrations.transformers"
         )
-    divergence = F_DIVERGENCES[getattr(args.f_divergence_type, "value", args.f_divergence_type)]
+    name = getattr(args.f_divergence_type, "value", args.f_divergence_type)
+    if name not in F_DIVERGENCES:
+        raise ValueError(f"f_divergence_type must be one of {', '.join(F_DIVERGENCES)}; got {name!r}")
+    divergence, coefficient = F_DIVERGENCES[name], args.f_alpha_divergence_coef
+    if divergence == "alpha" and coefficient == 1:
+        divergence = "reverse_kl"  # its limit
+    if divergence == "alpha" and not 0 < coefficient < 1:
+        raise ValueError(f"f_alpha_divergence_coef must be in (0, 1], 1 minus the paper's α; got {coefficient}")
     if args.tdpo_variant != "dpo" and divergence != "reverse_kl":
         raise ValueError(
             f"f_divergence_type={args.f_divergence_type!r} is about whole sequences, and goes with tdpo_variant='dpo' only; "
             "the divergence of each token, TDPO's own, is the option `divergence`"
         )
-    alpha = {"f_alpha": 1 - args.f_alpha_divergence_coef, "f_max_exponent": MAX_EXPONENT} if divergence == "alpha" else {}
+    alpha = {"f_alpha": 1 - coefficient, "f_max_exponent": MAX_EXPONENT} if divergence == "alpha" else {}
     return args.make_loss(f_divergence=divergence, **alpha)
+
+
+PAPER = {
+    "title": "Token-level Direct Preference Optimization",
+    "id": "2404.11999",
+    "citation": """\
+@inproceedings{zeng2024tokenlevel,
+    title        = {{Token-level Direct Preference Optimization}},
+    author       = {Yongcheng Zeng and Guoqing Liu and Weiyu Ma and Ning Yang and Haifeng Zhang and Jun Wang},
+    year         = 2024,
+    booktitle    = {Forty-first International Conference on Machine Learning, ICML 2024},
+}""",
+}
+"""For the model card that TRL writes."""
 
 
 class TDPOTrainer(PreferenceTrainerMixin, DPOTrainer):
     """`trl.DPOTrainer` whose loss is TDPO's, or DPO's, from hidden states. Same constructor, with a `TDPOConfig` as `args`.
 
     Metrics are TRL's and kl/chosen, kl/rejected, kl/margin. Rewards are the authors' β (ρ + K); of `tdpo_variant="dpo"`, β ρ.
+    One option differs from TRL's: `label_smoothing` counts for loss_type "sigmoid" too (conservative DPO), where TRL ignores
+    it, and is refused, not ignored, for types that have none.
 
     Raises:
         TypeError, ValueError: as `trl.DPOTrainer`; for options that are not honoured; for rows that are no pairs.
     """
 
-    def __init__(self, model: Any, ref_model: Any = None, args: TDPOConfig | None = None, *others: Any, **options: Any) -> None:
+    _name = "TDPO"
+    _tag_names = ["trl", "tdpo"]  # noqa: RUF012  (as TRL's)
+    _paper = PAPER
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: TDPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        **options: Any,
+    ) -> None:
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             args = TDPOConfig(f"{name.split('/')[-1] or 'model'}-TDPO")
         if not isinstance(args, TDPOConfig):
             raise TypeError(f"args must be a TDPOConfig of {__name__}, which extends trl.DPOConfig; got {type(args).__name__}")
         loss = _loss(args)
-        for name in ("train_dataset", "eval_dataset"):
-            dataset = options.get(name)
+        if args.tdpo_variant == "dpo":
+            self._name, self._tag_names, self._paper = DPOTrainer._name, DPOTrainer._tag_names, DPOTrainer._paper
+        for dataset in (train_dataset, eval_dataset):
             for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
                 if isinstance(part, Dataset) and not {"image", "images"} & set(part.column_names):
                     check_pairs(part, strict=False)
-        super().__init__(model, ref_model, args, *others, **options)
+        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, **options)
         for either in (self.model, self.ref_model):
             if args.disable_dropout and either is not None:
                 disable_dropout(either)
@@ -101,7 +138,8 @@ class TDPOTrainer(PreferenceTrainerMixin, DPOTrainer):
         if not return_outputs:
             return out.loss
         with torch.no_grad():  # for compute_metrics, whose logits TRL makes in this way, too
-            return out.loss, model(**{name: batch[name] for name in batch.keys() - {"labels", "valid_rows", "ref_hidden"}})
+            inputs = {name: batch[name] for name in batch.keys() - {"labels", "valid_rows", "ref_hidden"}}
+            return out.loss, model(**inputs, use_cache=False)
 
 
 @dataclass
@@ -112,6 +150,8 @@ class _Counting:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(rows)
+        if "completion_mask" not in batch:
+            raise ValueError(f"a data_collator must make completion_mask, as TRL's does; got {', '.join(batch)}")
         mask: Tensor = batch["completion_mask"]
         return batch | {
             "labels": batch["input_ids"].masked_fill(mask == 0, -100),
