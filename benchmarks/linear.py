@@ -6,21 +6,22 @@ share the work differently in each provider. `bare` is the floor: the matrix pro
 """
 
 from functools import partial
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cases import HiddenCase
-from fused_tdpo import TokenStats
+from fused_tdpo import LMHead, TokenStats
+from fused_tdpo.cli._measure import as_bytes, available_bytes, peak_bytes
+from fused_tdpo.cli._rivals import ALPHA, shifted, spread, tdpo2
 from fused_tdpo.reference import token_stats_reference
-from measure import Clock, Level, peak_bytes, relative_error
-from providers import ALPHA, CPU_CHUNK_BYTES, Provider, shifted, spread, tdpo2
-from report import as_bytes
+from measure import Clock, Level, relative_error
+from providers import CPU_CHUNK_BYTES, Provider, project
 
-LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Relative error that the gate allows, by the dtype of the case: bf16 logits alone make 1e-2, a forgotten KL 5e-2 and more."""
+
+ALPHAS = {"tdpo2": ALPHA, "dpo": 0.0}
 
 CHECKED_ROWS = 64
 TRUTH_ROWS = 512
@@ -47,18 +48,25 @@ class Inputs:
         self.ref_hidden = normal(S, T, D, scale=1)
         self.policy_hidden = normal(S, T, D, scale=1 / 3).add_(self.ref_hidden).requires_grad_()
         self.policy_head = self.ref_head = normal(V, D, scale=3 * D**-0.5)
-        if case.trained:
-            self.policy_head = normal(V, D, scale=0.5 * D**-0.5).add_(self.ref_head).requires_grad_()
+        if case.trained or case.apart:
+            self.policy_head = normal(V, D, scale=0.5 * D**-0.5).add_(self.ref_head).requires_grad_(case.trained)
         self.labels = torch.randint(V, (S, T), generator=generator, device=device)
-        self.labels[:, : T // 2] = -100
+        self.labels[:, : case.prompt] = -100
         self.leaves = (self.policy_hidden, self.policy_head) if case.trained else (self.policy_hidden,)
+
+    def heads(self, dtype: torch.dtype | None = None) -> tuple[Tensor | LMHead, Tensor | LMHead]:
+        """The policy's head and the reference's, as providers get them."""
+        weights = (self.policy_head, self.ref_head)
+        if dtype is not None:
+            weights = tuple(weight.detach().to(dtype) for weight in weights)
+        return weights if self.case.softcap is None else tuple(LMHead(weight, softcap=self.case.softcap) for weight in weights)
 
 
 class Contender:
     """A provider on inputs. It is given hidden states that are no leaf, as a model's are not."""
 
     def __init__(self, provider: Provider, inputs: Inputs) -> None:
-        self.inputs, self.alpha = inputs, 0.0 if provider.lacks else ALPHA
+        self.inputs, self.computes = inputs, provider.computes
         rows = {"": 0, "valid": inputs.case.N, "all": inputs.labels.numel()}[provider.holds]
         needed, free = rows * inputs.case.V * NAIVE_BYTES, available_bytes()
         if inputs.device.type == "cpu" and needed > SHARE * free:
@@ -68,15 +76,16 @@ class Contender:
     def forward(self) -> Tensor:
         i = self.inputs
         hidden = i.policy_hidden.view_as(i.policy_hidden)
-        return self.function(i.case.beta, hidden, i.policy_head, i.ref_hidden, i.ref_head, i.labels)
+        head, ref_head = i.heads()
+        return self.function(i.case.beta, hidden, head, i.ref_hidden, ref_head, i.labels)
 
     def backward(self, loss: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, self.inputs.leaves)
 
-    def both(self) -> tuple[float, Tensor, tuple[Tensor, ...]]:
-        """(The alpha of its loss, the loss, its gradients)."""
+    def both(self) -> tuple[str, Tensor, tuple[Tensor, ...]]:
+        """(What loss it is, the loss, its gradients)."""
         loss = self.forward()
-        return self.alpha, loss, self.backward(loss)
+        return self.computes, loss, self.backward(loss)
 
     def examine(self, truth: "Truth") -> tuple[dict[str, float], list[str], int]:
         """(Relative errors, what is wrong in words, peak memory), all of one call."""
@@ -137,7 +146,7 @@ class Truth:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.labels = inputs, shifted(inputs.labels)
-        self.dtype = {torch.float32: torch.float64, torch.bfloat16: torch.float32}[inputs.case.dtype]
+        self.dtype = torch.float64 if inputs.case.dtype == torch.float32 else torch.float32
         counted = self.labels != -100
         with torch.no_grad():
             chunks = counted.flatten().nonzero().squeeze(1).split(TRUTH_ROWS)
@@ -146,11 +155,12 @@ class Truth:
         positions = self.labels.numel()
         self.rows = torch.arange(0, positions, -(-positions // CHECKED_ROWS), device=inputs.device)
 
-    def judge(self, alpha: float, loss: Tensor, gradients: tuple[Tensor, ...]) -> tuple[dict[str, float], list[str]]:
+    def judge(self, computes: str, loss: Tensor, gradients: tuple[Tensor, ...]) -> tuple[dict[str, float], list[str]]:
         """(Relative error of each result, what is wrong in words)."""
         case, stats = self.inputs.case, TokenStats(*(stat.detach().requires_grad_() for stat in self.stats[:3]))
-        true_loss = tdpo2(stats, case.beta, alpha)
-        upstream = [g.flatten()[self.rows] for g in torch.autograd.grad(true_loss, (stats.logp, stats.kl))]
+        true_loss = stats.kl.sum() / case.N if computes == "kl" else tdpo2(stats, case.beta, ALPHAS[computes])
+        slopes = torch.autograd.grad(true_loss, (stats.logp, stats.kl), materialize_grads=True)
+        upstream = [slope.flatten()[self.rows] for slope in slopes]
         x = self._hidden(self.rows).requires_grad_()
         stats = self._stats(self.rows, x)
         (true_d_x,) = torch.autograd.grad((stats.logp, stats.kl), x, upstream)
@@ -170,16 +180,9 @@ class Truth:
 
     def _stats(self, rows: Tensor, x: Tensor) -> TokenStats:
         """Statistics of some positions, the policy's hidden states of which are `x`."""
-        z, heads = self.inputs.ref_hidden.flatten(0, 1)[rows], (self.inputs.policy_head.detach(), self.inputs.ref_head)
-        logits = (F.linear(h.to(self.dtype), head.to(self.dtype)) for h, head in zip((x, z), heads, strict=True))
+        z = self.inputs.ref_hidden.flatten(0, 1)[rows].to(self.dtype)
+        logits = map(project, self.inputs.heads(self.dtype), (x, z))
         return token_stats_reference(*logits, self.labels.flatten()[rows])
 
 
 HIDDEN = Level(Inputs, Truth, Contender, Bare, warm_up=False)
-
-
-def available_bytes() -> float:
-    """Memory that a new process could have; without bound where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))

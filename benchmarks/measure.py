@@ -3,19 +3,17 @@
 Right: every value and the gradient, on rows spread over the batch, against the specification in float64. A provider that is
 wrong gets no time. How exact ours are is the tests' business; this gate only keeps nonsense out of a comparison.
 
-Memory: the peak beyond what lay in memory before, over one forward and backward; the gradient counts, the inputs do not. On a
-GPU torch's allocator says so. On a CPU torch's profiler lists every allocation and release, also those inside operators.
+Memory: the peak beyond what lay in memory before, over one forward and backward; the gradient counts, the inputs do not.
 
 Time: rounds in which each provider has its turn, so that a change of clocks or load meets all alike. On a GPU between device
 events, with the L2 cache full of something else, and queued behind a pause in which the host runs ahead, as it does in
 training. Logits are random, and restored where a provider overwrites them. `copy` is the floor: a copy within the device that
 moves as many bytes as the case must (cases.py), measured in the same rounds.
 
-What is special about the logits level stands here, about the hidden level in linear.py.
+What is special about the logits level stands here, about the hidden level in linear.py, about exactness in accuracy.py.
 """
 
 import gc
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -24,8 +22,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cases import Case, HiddenCase
+from cases import Case, HiddenCase, Problem
 from fused_tdpo import TokenStats
+from fused_tdpo.cli._measure import peak_bytes, wall_clock
 from fused_tdpo.reference import token_stats_reference
 from providers import Provider, Unavailable
 
@@ -41,7 +40,7 @@ TOO_FAST = 1.25
 PAUSE_CYCLES = 10_000_000
 """About five milliseconds: in training the host is further ahead."""
 
-CASE_SECONDS = 60
+CASE_SECONDS = 15
 """No further round of a case begins after that long, but there is always one."""
 
 
@@ -174,9 +173,7 @@ class Clock:
 
     def __call__(self, function: Callable[[], object]) -> tuple[float, object]:
         if self.device.type != "cuda":
-            start = time.perf_counter()
-            result = function()
-            return 1e3 * (time.perf_counter() - start), result
+            return wall_clock(self.device, function)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.other.max()  # read, not written: nothing is left to write back while the function runs
         torch.cuda._sleep(PAUSE_CYCLES)
@@ -185,31 +182,6 @@ class Clock:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end), result
-
-
-def peak_bytes(device: torch.device, *steps: Callable[[], object]) -> list[int]:
-    """Runs the steps one after the other. Bytes at the worst moment of each, beyond what was allocated before the first."""
-    if device.type == "cuda":
-        before, peaks = torch.cuda.memory_allocated(), []
-        for step in steps:
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            peaks.append(torch.cuda.max_memory_allocated() - before)
-        return peaks
-
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it announces itself otherwise
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        for step in steps:
-            with torch.profiler.record_function("a step"):
-                step()
-    live, peaks = 0, []
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "a step":
-            peaks.append(live)
-        elif event.name() == "[memory]" and peaks:
-            live += event.nbytes()
-            peaks[-1] = max(peaks[-1], live)
-    return peaks
 
 
 @dataclass
@@ -239,7 +211,8 @@ class Level:
     inputs: Callable[[Case, torch.device], Inputs]
     truth: Callable[[Inputs], Truth]
     contender: Callable[[Provider, Inputs], Contender]
-    floor: Callable[[Inputs], Copy]
+    floor: Callable[[Inputs], Copy] | None
+    """None: nothing is timed."""
     warm_up: bool
     """Whether the first round does not count."""
 
@@ -270,7 +243,7 @@ def admit(
 
 
 def measure(
-    case: Case | HiddenCase,
+    case: Case | HiddenCase | Problem,
     providers: Iterable[tuple[str, Provider]],
     device: torch.device,
     rounds: int,
@@ -281,8 +254,8 @@ def measure(
     """The floor, then each provider. At least one round is made, and no more once the time is out."""
     say("drawing inputs")
     inputs = level.inputs(case, device)
-    truth, floor = level.truth(inputs), level.floor(inputs)
-    found, contenders = {floor.name: Measurement(floor.name)}, {floor.name: floor}
+    truth, floor = level.truth(inputs), level.floor and level.floor(inputs)
+    found, contenders = ({floor.name: Measurement(floor.name)}, {floor.name: floor}) if floor else ({}, {})
     for name, provider in providers:
         say(f"checking {name}")
         found[name], contender = admit(name, provider, inputs, truth, level)
@@ -290,8 +263,11 @@ def measure(
             contenders[name] = contender
         elif provider.overwrites:
             inputs.policy.detach().copy_(inputs.pristine)
-        gc.collect()
+        if floor is not None:
+            gc.collect()  # takes longer than what is not timed
     del truth
+    if floor is None:
+        return list(found.values())
 
     say("timing")
     clock, start = Clock(device), time.monotonic()

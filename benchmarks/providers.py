@@ -1,26 +1,27 @@
 """Who computes it: name -> provider.
 
 At the logits level it gets (policy, ref, labels), logits (N, V) and labels (N,), and returns the `TokenStats` that it can
-compute, each (N,); `logp` and `kl` carry gradients to `policy`. At the hidden level it gets (beta, policy_hidden, policy_head,
-ref_hidden, ref_head, labels), hidden states (S, T, D), heads (V, D) and unshifted labels (S, T), chosen sequences first. It
-returns the loss of TDPO2; or of DPO, which is TDPO2 with alpha = 0, where it lacks the KL.
+compute, each (N,); `logp` and `kl` carry gradients to `policy`. At the hidden level it is a `Loss` of fused_tdpo.cli._rivals,
+of what `Provider.computes` says. Where accuracy is measured it gets (x, head, z, ref_head, labels), hidden states (N, D) and
+heads (V, D), and returns `TokenStats`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_tdpo import TokenStats, token_stats
+from fused_tdpo import LMHead, TokenStats, linear_token_stats, token_stats
+from fused_tdpo.cli._rivals import ALPHA, Loss, _on_valid_rows, liger_dpo, naive_all, naive_valid, official, shifted, trl
+from fused_tdpo.cli._rivals import tdpo2 as tdpo2
 from fused_tdpo.reference import token_stats_reference
 
 Function = Callable[[Tensor, Tensor, Tensor], TokenStats]
-Loss = Callable[[float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-ALPHA = 0.5
+RowFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], TokenStats]
 
 
 class Unavailable(Exception):
@@ -31,31 +32,17 @@ class Unavailable(Exception):
 class Provider:
     """One contender."""
 
-    load: Callable[[], Function | Loss]
+    load: Callable[[], Function | Loss | RowFunction]
     """Imports and prepares; called once per case. Raises ImportError or Unavailable where it cannot run."""
     overwrites: bool = False
     """Leaves something else where the policy's logits were: they are restored before each call, outside the time."""
-    lacks: str = ""
-    """What it does not compute, in words."""
+    computes: Literal["tdpo2", "dpo", "kl"] = "tdpo2"
+    """Its loss, at the hidden level: TDPO2, DPO (which is TDPO2 with alpha = 0), or the mean KL of the rows that count."""
     holds: Literal["", "valid", "all"] = ""
     """The rows whose logits it holds all at once, at the hidden level."""
 
 
 # --------------------------------------------------------------------------------------------------------------- from logits
-
-
-def official(policy: Tensor, ref: Tensor, labels: Tensor) -> TokenStats:
-    """What the authors' code does between the logits and the sums: both in float32, log-softmax, softmax and its log."""
-    policy, ref = policy.float(), ref.float()
-    counted = labels != -100
-    y = labels.where(counted, 0)[..., None]
-    log_p = policy.log_softmax(-1)
-    q = ref.softmax(-1)
-    log_q = q.log()
-    kl = (q * (log_q - log_p)).sum(-1)
-    return TokenStats(
-        logp=log_p.gather(-1, y).squeeze(-1) * counted, ref_logp=log_q.gather(-1, y).squeeze(-1) * counted, kl=kl * counted
-    )
 
 
 def _fused_inplace() -> Function:
@@ -83,87 +70,13 @@ PROVIDERS = {
     "compiled": Provider(_compiled),
     "eager": Provider(lambda: token_stats_reference),
     "official": Provider(lambda: official),
-    "liger": Provider(_liger, overwrites=True, lacks="the reference: neither ref_logp nor kl"),
+    "liger": Provider(_liger, overwrites=True),
 }
 """Each fused option, torch.compile of the specification, the specification, the authors' form, and rivals. `copy` is no
 provider: it is the floor, measured beside them."""
 
 
 # -------------------------------------------------------------------------------------------------------- from hidden states
-
-
-def tdpo2(stats: TokenStats, beta: float, alpha: float = ALPHA) -> Tensor:
-    """The loss of TDPO2 from statistics (S, T), chosen sequences first (arXiv 2404.11999, eq. 17)."""
-    chosen_ratio, rejected_ratio = (stats.logp - stats.ref_logp).sum(-1).chunk(2)
-    chosen_kl, rejected_kl = stats.kl.sum(-1).chunk(2)
-    return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio - alpha * (rejected_kl - chosen_kl.detach()))).mean()
-
-
-def shifted(labels: Tensor) -> Tensor:
-    """(S, T): the label that each position predicts; none at the last one."""
-    return F.pad(labels, (0, 1), value=-100)[:, 1:]
-
-
-def spread(stats: TokenStats, counted: Tensor) -> TokenStats:
-    """Statistics of the rows that count as (S, T), 0 elsewhere."""
-    zero = stats.logp.new_zeros(counted.shape)
-    return TokenStats(*(zero.masked_scatter(counted, stat) for stat in (stats.logp, stats.ref_logp, stats.kl)))
-
-
-def naive_all(
-    beta: float, policy_hidden: Tensor, policy_head: Tensor, ref_hidden: Tensor, ref_head: Tensor, labels: Tensor
-) -> Tensor:
-    """As the authors write it: logits of every position, prompt and padding too."""
-    policy_logits, ref_logits = F.linear(policy_hidden, policy_head), F.linear(ref_hidden, ref_head)
-    return tdpo2(official(policy_logits[:, :-1], ref_logits[:, :-1], labels[:, 1:]), beta)
-
-
-def _on_valid_rows(stats_of: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], TokenStats]) -> Loss:
-    """TDPO2 from statistics of those rows alone whose label counts."""
-
-    def loss(
-        beta: float, policy_hidden: Tensor, policy_head: Tensor, ref_hidden: Tensor, ref_head: Tensor, labels: Tensor
-    ) -> Tensor:
-        labels = shifted(labels)
-        counted = labels != -100
-        stats = stats_of(policy_hidden[counted], policy_head, ref_hidden[counted], ref_head, labels[counted])
-        return tdpo2(spread(stats, counted), beta)
-
-    return loss
-
-
-def _naive_valid() -> Loss:
-    return _on_valid_rows(lambda x, head, z, ref_head, y: official(F.linear(x, head), F.linear(z, ref_head), y))
-
-
-def _trl() -> Loss:
-    # Its log-prob of either model, and its divergence between both: three calls. In its DPO trainer rows that do not count are
-    # left out where it uses Triton, so they are left out here everywhere.
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
-
-    def stats_of(x: Tensor, head: Tensor, z: Tensor, ref_head: Tensor, y: Tensor) -> TokenStats:
-        logp, ref_logp = (
-            ChunkedLogProbFunction.apply(hidden, weight, None, y, 1.0, CHUNK, None, 1.0, ())[0]
-            for hidden, weight in ((x, head), (z, ref_head.detach()))
-        )
-        kl = ChunkedDivergenceFunction.apply(x, head, None, z, ref_head.detach(), None, 0.0)[0]
-        return TokenStats(logp, ref_logp, kl)
-
-    return _on_valid_rows(stats_of)
-
-
-def _liger_dpo() -> Loss:
-    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-
-    def loss(
-        beta: float, policy_hidden: Tensor, policy_head: Tensor, ref_hidden: Tensor, ref_head: Tensor, labels: Tensor
-    ) -> Tensor:
-        module = LigerFusedLinearDPOLoss(beta=beta, compiled=policy_hidden.is_cuda)
-        return module(policy_head, policy_hidden, shifted(labels), ref_input=ref_hidden, ref_weight=ref_head.detach())[0]
-
-    return loss
 
 
 CPU_CHUNK_BYTES = 64 * 2**20
@@ -191,13 +104,122 @@ def _ours(name: str, **options: object) -> Callable[[], Loss]:
     return load
 
 
+def _ours_kl() -> Loss:
+    def loss(beta: float, x: Tensor, head: Tensor, z: Tensor, ref_head: Tensor, labels: Tensor) -> Tensor:
+        budget, labels = None if x.is_cuda else CPU_CHUNK_BYTES, shifted(labels)
+        return linear_token_stats(x, head, z, ref_head, labels, max_chunk_bytes=budget).kl.sum() / (labels != -100).sum()
+
+    return loss
+
+
+def project(head: Tensor | LMHead, hidden: Tensor) -> Tensor:
+    """Logits, soft-capped where the head says so."""
+    return head.logits(hidden) if isinstance(head, LMHead) else F.linear(hidden, head)
+
+
+def _compiled_hidden() -> Loss:
+    function = _compiled()
+    return _on_valid_rows(lambda x, head, z, ref_head, y: function(project(head, x), project(ref_head, z), y))
+
+
+def _cce_rows() -> RowFunction:
+    from cut_cross_entropy import linear_cross_entropy
+
+    def stats_of(x: Tensor, head: Tensor, z: Tensor, ref_head: Tensor, y: Tensor) -> TokenStats:
+        options = {"reduction": "none", "impl": "cce" if x.is_cuda else "torch_compile"}
+        logp, ref_logp = (-linear_cross_entropy(h, w, y, **options).float() for h, w in ((x, head), (z, ref_head.detach())))
+        return TokenStats(logp, ref_logp)
+
+    return stats_of
+
+
+def _cce() -> Loss:
+    stats_of = _cce_rows()
+
+    def with_no_kl(*inputs: Tensor) -> TokenStats:  # TDPO2 of which is DPO
+        stats = stats_of(*inputs)
+        return stats._replace(kl=torch.zeros_like(stats.logp))
+
+    return _on_valid_rows(with_no_kl)
+
+
+def _fla() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    from fla.modules.fused_kl_div import fused_kl_div_loss  # of any rows: it knows no labels
+
+    if not torch.cuda.is_available():
+        raise Unavailable("needs a GPU")
+    return lambda x, head, z, ref_head: fused_kl_div_loss(x, z, head, ref_head.detach())
+
+
+def _fla_kl() -> Loss:
+    function = _fla()
+
+    def loss(beta: float, x: Tensor, head: Tensor, z: Tensor, ref_head: Tensor, labels: Tensor) -> Tensor:
+        counted = shifted(labels) != -100
+        return function(x[counted], head, z[counted], ref_head)
+
+    return loss
+
+
 HIDDEN_PROVIDERS = {
     "ours": Provider(_ours("LinearTDPOLoss", alpha=ALPHA, engine="one_pass")),
     "ours_recompute": Provider(_ours("LinearTDPOLoss", alpha=ALPHA, engine="recompute")),
-    "ours_dpo": Provider(_ours("LinearDPOLoss", engine="one_pass"), lacks="the KL"),
-    "naive_valid": Provider(_naive_valid, holds="valid"),
+    "compiled": Provider(_compiled_hidden),
+    "naive_valid": Provider(lambda: naive_valid, holds="valid"),
     "naive_all": Provider(lambda: naive_all, holds="all"),
-    "trl": Provider(_trl),
-    "liger": Provider(_liger_dpo, lacks="the KL", holds="all"),
+    "trl": Provider(trl),
+    "ours_dpo": Provider(_ours("LinearDPOLoss", engine="one_pass"), computes="dpo"),
+    "liger": Provider(liger_dpo, computes="dpo", holds="all"),
+    "cce": Provider(_cce, computes="dpo"),
+    "ours_kl": Provider(_ours_kl, computes="kl"),
+    "fla": Provider(_fla_kl, computes="kl"),
 }
-"""Ours: one pass, recomputing, and DPO; PyTorch on the rows that count, and on all; rivals. Here `bare` is the floor."""
+"""TDPO2 by ours, in one pass and recomputing; by PyTorch on the rows that count, compiled or not, and on all; by a rival. Then
+DPO, and the KL alone. Here `bare` is the floor."""
+
+
+# ------------------------------------------------------------------------------------------------------------ how exact
+
+
+def _from_logits(name: str) -> Provider:
+    def load() -> RowFunction:
+        function = PROVIDERS[name].load()
+        return lambda x, head, z, ref_head, y: function(F.linear(x, head), F.linear(z, ref_head), y)
+
+    return Provider(cache(load))  # compiles once, not for every problem
+
+
+def _trl_rows() -> RowFunction:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    return _counted_kl(lambda x, head, z, ref_head: ChunkedDivergenceFunction.apply(x, head, None, z, ref_head, None, 0.0)[0])
+
+
+def _fla_rows() -> RowFunction:
+    function = _fla()
+
+    def kl(x: Tensor, head: Tensor, z: Tensor, ref_head: Tensor) -> Tensor:  # its mean over one row is that row's
+        return torch.stack([function(a[None], head, b[None], ref_head) for a, b in zip(x, z, strict=True)])
+
+    return _counted_kl(kl)
+
+
+def _counted_kl(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> RowFunction:
+    """The KL of those rows alone whose label counts, as its trainer calls it."""
+
+    def stats_of(x: Tensor, head: Tensor, z: Tensor, ref_head: Tensor, y: Tensor) -> TokenStats:
+        counted = y != -100
+        kl = x.new_zeros(len(x)).masked_scatter(counted, function(x[counted], head, z[counted], ref_head))
+        return TokenStats(logp=None, kl=kl)
+
+    return stats_of
+
+
+ROW_PROVIDERS = {
+    "ours": Provider(lambda: linear_token_stats),
+    **{name: _from_logits(name) for name in ("fused", "compiled", "eager", "official", "liger")},
+    "trl": Provider(_trl_rows),
+    "cce": Provider(_cce_rows),
+    "fla": Provider(_fla_rows),
+}
+"""Who is asked how exact it is; `ours` from hidden states, `fused` from logits."""

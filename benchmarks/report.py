@@ -2,9 +2,10 @@
 
     python benchmarks/report.py            rewrites what stands between `<!-- generated: NAME -->` and `<!-- end -->`
     python benchmarks/report.py --check    fails where that would change anything
-    python benchmarks/report.py --plot     draws results/<device>.png and -hidden.png, which needs matplotlib
+    python benchmarks/report.py --plot     draws results/<device>.png, -hidden.png and -accuracy.png, which needs matplotlib
 
-A record is a line of results/<device>.jsonl, written by run.py. Of each case and provider the newest one on a device counts.
+A record is a line of results/<device>.jsonl, written by run.py. Of each case and provider the newest one on a device counts;
+that a provider was not there is no reason to forget what it did when it was.
 """
 
 import argparse
@@ -16,8 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cases import CASES, HIDDEN_CASES
-from providers import HIDDEN_PROVIDERS, PROVIDERS
+from cases import CASES, HIDDEN_CASES, PROBLEMS, model_name
+from fused_tdpo.cli._measure import as_bytes, as_time, digits
+from providers import HIDDEN_PROVIDERS, PROVIDERS, ROW_PROVIDERS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -77,23 +79,6 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: print(f"  {text}", flush=True)
 
 
-def digits(value: float) -> str:
-    """Three significant digits, or all of an integer part."""
-    return f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:,.0f}"
-
-
-def as_time(ms: float) -> str:
-    return f"{digits(ms)} ms" if ms < 999.5 else f"{digits(ms / 1000)} s"
-
-
-def as_bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 999.5:
-            return f"{digits(count)} {unit}"
-        count /= 1024
-    return f"{digits(count)} GiB"
-
-
 # -------------------------------------------------------------------------------------------------------------------- records
 
 
@@ -112,8 +97,9 @@ def newest(records: list[Record], level: str = "logits") -> dict[str, Newest]:
     cases, names = {
         "logits": (CASES, ("copy", *PROVIDERS)),
         "hidden": (HIDDEN_CASES, ("bare", *HIDDEN_PROVIDERS)),
+        "accuracy": (PROBLEMS, ROW_PROVIDERS),
     }[level]
-    found = {(r["device"], r["case"], r["provider"]): r for r in records}
+    found = {(r["device"], r["case"], r["provider"]): r for r in sorted(records, key=is_absent, reverse=True)}
     result = {}
     for _, device in sorted({(not r["driver"], r["device"]) for r in records}):
         own = {c.name: {n: found[key] for n in names if (key := (device, c.name, n)) in found} for c in cases}
@@ -126,9 +112,14 @@ def share(record: Record, phase: str) -> float:
     return record["floor_ms"][phase] / record["ms"][phase][1]
 
 
+def is_absent(record: Record) -> bool:
+    """Whether the provider could not run on that machine at all."""
+    return record["refused"].startswith("not available")
+
+
 def why_not(record: Record) -> str:
     """A short word for a refusal."""
-    return "—" if record["refused"].startswith("not available") else record["refused"].partition(":")[0]
+    return "—" if is_absent(record) else record["refused"].partition(":")[0]
 
 
 def caption(records: list[Record]) -> str:
@@ -141,10 +132,12 @@ def caption(records: list[Record]) -> str:
     driver = f"driver {values('driver')}, " if records[0]["driver"] else f"{values('threads')} threads, "
     dates = sorted({r["date"][:10] for r in records})
     rounds = sorted({r["rounds"] for r in records if r["rounds"]})
+    peers = sorted({f"{name} {version}" for r in records for name, version in r.get("peers", {}).items()})
+    versions = [f"torch {values('torch')}", f"triton {values('triton')}", *peers, f"Python {values('python')}"]
+    medians = f"; medians of {' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} rounds" if rounds else ""
     return (
-        f"**{records[0]['device']}**, {driver}torch {values('torch')}, triton {values('triton')}, Python {values('python')}; "
-        f"commit {', '.join(sorted(commits))}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; "
-        f"medians of {' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} rounds."
+        f"**{records[0]['device']}**, {driver}{', '.join(versions)}; commit {', '.join(sorted(commits))}; "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}{medians}."
     )
 
 
@@ -152,10 +145,10 @@ def caption(records: list[Record]) -> str:
 
 
 def headline(records: Newest) -> tuple[str, Table]:
-    """The first case in full."""
-    first = next(iter(records.values()))
+    """A case in full."""
+    (own,) = records.values()
     table = Table(("", "forward ms", "backward ms", "both ms", "GB/s", "of copy's speed", "peak memory"))
-    for name, r in first.items():
+    for name, r in own.items():
         if r["refused"]:
             if why_not(r) != "—":
                 table.rows.append((f"`{name}`", why_not(r), *[""] * 5))
@@ -173,7 +166,7 @@ def headline(records: Newest) -> tuple[str, Table]:
                 memory,
             )
         )
-    case = next(iter(first.values()))
+    case = next(iter(own.values()))
     masked = f", {case['masked']:.0%} of the rows masked" if case["masked"] else ""
     return f"{case['model']}: {case['N']:,} token rows, V = {case['V']:,}, {case['dtype']}{masked}.", table
 
@@ -192,8 +185,13 @@ def by_case(records: Newest, columns: list[Column]) -> Table:
             (why_not(own[name]) if own[name]["refused"] else cell(own[name])) if name in own else ""
             for _, name, cell in columns
         ]
-        table.rows.append((f"{next(iter(own.values()))['model']} `{case}`".strip(), *cells))
+        table.rows.append((named(case, next(iter(own.values()))), *cells))
     return table
+
+
+def named(case: str, record: Record) -> str:
+    """A case and its model, if any."""
+    return f"{model_name(record['V'], record.get('D'), record.get('softcap'))} `{case}`".strip()
 
 
 def time(records: Newest) -> tuple[str, Table]:
@@ -219,17 +217,29 @@ def beside_bare(record: Record) -> str:
     return f"{record['ms']['both'][1] / record['floor_ms']['both']:.2f}×"
 
 
-def hidden(records: Newest) -> tuple[str, Table]:
-    """The cases whose head is trained, each in a row."""
+def losses(records: Newest, computes: tuple[str, ...]) -> Table:
+    """Every case, and those providers that compute such a loss."""
 
     def cell(r: Record) -> str:
         time = as_time(r["ms"]["both"][1])
         return time if r["provider"] == "bare" else f"{time} ({beside_bare(r)}), {as_bytes(r['peak_bytes'])}"
 
-    columns: list[Column] = [(f"`{name}`", name, cell) for name in ("bare", *HIDDEN_PROVIDERS)]
-    trained = {case: own for case, own in records.items() if next(iter(own.values()))["trained"]}
-    text = "Forward and backward from hidden states, head trained (of the bare products' time); peak memory over the inputs."
-    return text, by_case(trained, columns)
+    names = ("bare", *(name for name, provider in HIDDEN_PROVIDERS.items() if provider.computes in computes))
+    there = {case: own for case, own in records.items() if any(name in own for name in names[1:])}
+    return by_case(there, [(f"`{name}`", name, cell) for name in names])
+
+
+TIMES_AND_MEMORY = "forward and backward from hidden states (of the bare products' time); peak memory over the inputs."
+
+
+def hidden(records: Newest) -> tuple[str, Table]:
+    """TDPO2 on each case."""
+    return f"TDPO2, {TIMES_AND_MEMORY}", losses(records, ("tdpo2",))
+
+
+def hidden_others(records: Newest) -> tuple[str, Table]:
+    """DPO and the KL alone on each case."""
+    return f"DPO, and of `ours_kl` and `fla` the mean KL, {TIMES_AND_MEMORY}", losses(records, ("dpo", "kl"))
 
 
 def hidden_phases(records: Newest) -> tuple[str, Table]:
@@ -250,23 +260,96 @@ def hidden_phases(records: Newest) -> tuple[str, Table]:
     return "From hidden states to gradients; TFLOP/s of the bare products' operations.", table
 
 
+def summary(records: Newest) -> tuple[str, Table]:
+    """Ours on every case, and whoever else computes the same in the least time."""
+    table = Table(("", "ours", "of the floor's time", "fastest other", "times as long", "memory", "of the other"))
+    for case, own in records.items():
+        measured = {name: r for name, r in own.items() if not r["refused"]}
+        ours = measured.get("ours", measured.get("fused"))
+        others = [name for name in ("compiled", "eager", "official", "naive_valid", "naive_all", "trl") if name in measured]
+        if ours is None:
+            continue
+        time = ours["ms"]["both"][1]
+        cells = (as_time(time), f"{time / ours['floor_ms']['both']:.2f}×")
+        if others:
+            other = min((measured[name] for name in others), key=lambda r: r["ms"]["both"][1])
+            ratio = f"{other['ms']['both'][1] / time:.2f}×"
+            compared = (f"`{other['provider']}`", ratio, as_bytes(ours["peak_bytes"]), as_bytes(other["peak_bytes"]))
+        else:
+            compared = ("", "", as_bytes(ours["peak_bytes"]), "")
+        table.rows.append((named(case, ours), *cells, *compared))
+    date = max(r["date"][:10] for own in records.values() for r in own.values())
+    return f"Forward and backward, ours beside the fastest other that computes the same, as of {date}.", table
+
+
+def accuracy(records: Newest) -> tuple[str, Table]:
+    """Errors of the KL, or of log-probs where there is none; of what is spoilt, whether the results are right."""
+    columns = tuple(dict.fromkeys(name for own in records.values() for name, r in own.items() if not is_absent(r)))
+    table = Table(("", "true KL", *(f"`{name}`" for name in columns)))
+    for problem, own in records.items():
+        facts = next(iter(own.values()))
+        kl = "" if facts["kl"] is None else f"{facts['kl']:.1e}"
+        table.rows.append((problem, kl, *(exactness(own[name]) if name in own else "" for name in columns)))
+    text = (
+        f"Worst relative error of the KL (of log-probs where there is none) from float32 logits, V = {facts['V']:,}; in "
+        f"brackets how many of {facts['N']} came out below 0. Of NaN and -inf: whether values and gradients are right."
+    )
+    return text, table
+
+
+RIGHT = 1e-3
+"""Relative error of what is right although something is spoilt."""
+
+
+def exactness(record: Record) -> str:
+    """A provider's errors on a problem, in a few characters."""
+    errors = record["errors"]
+    if record["refused"]:
+        return why_not(record)
+    if record["spoilt"]:
+        wrong = [f"{name} {'NaN' if error != error else 'wrong'}" for name, error in errors.items() if not error <= RIGHT]
+        return ", ".join(wrong) or "right"
+    below = f" ({errors['kl below 0']})" if errors.get("kl below 0") else ""
+    return f"{errors.get('kl', errors.get('logp')):.0e}{below}"
+
+
+def everything(records: Newest) -> Newest:
+    """All cases."""
+    return records
+
+
+def first(records: Newest) -> Newest:
+    """The first case."""
+    return dict(list(records.items())[:1])
+
+
+def main_cases(records: Newest) -> Newest:
+    """Those that are tagged "main"."""
+    tagged = {case.name for case in (*CASES, *HIDDEN_CASES, *PROBLEMS) if "main" in case.tags}
+    return {case: own for case, own in records.items() if case in tagged}
+
+
 VIEWS = {
-    "headline": ("logits", headline),
-    "time": ("logits", time),
-    "memory": ("logits", memory),
-    "hidden": ("hidden", hidden),
-    "hidden-phases": ("hidden", hidden_phases),
+    "headline": ("logits", first, headline),
+    "time": ("logits", everything, time),
+    "memory": ("logits", everything, memory),
+    "hidden": ("hidden", main_cases, hidden),
+    "hidden-all": ("hidden", everything, hidden),
+    "hidden-others": ("hidden", everything, hidden_others),
+    "hidden-phases": ("hidden", main_cases, hidden_phases),
+    "summary": ("hidden", main_cases, summary),
+    "accuracy": ("accuracy", everything, accuracy),
 }
-"""What a document may ask for: level, function."""
+"""What a document may ask for: level, which of its cases, function."""
 
 
 def generated(view: str, records: list[Record]) -> str:
     """Markdown of a view: a caption and a table for each device."""
-    (level, make), parts = VIEWS[view], []
-    for own in newest(records, level).values():
+    level, choose, make = VIEWS[view]
+    parts = []
+    for own in filter(None, map(choose, newest(records, level).values())):
         text, table = make(own)
-        used = [r for providers in (list(own.values())[:1] if view == "headline" else own.values()) for r in providers.values()]
-        parts.append(f"{caption(used)} {text}\n\n{table.markdown()}")
+        parts.append(f"{caption([r for providers in own.values() for r in providers.values()])} {text}\n\n{table.markdown()}")
     return "\n\n".join(parts) or "_No records yet: `make bench` makes them._"
 
 
@@ -305,7 +388,8 @@ def plot_hidden(device: str, records: Newest, path: Path) -> None:
     """Time and memory of one pair over its length, a line for each provider; at the shape with the most lengths."""
     import matplotlib.pyplot as plt
 
-    cases = [case for case in HIDDEN_CASES if case.name in records and case.trained and case.pairs == 1]
+    plain = [case for case in HIDDEN_CASES if case.trained and case.pairs == 1 and case.masked == 0.5 and case.softcap is None]
+    cases = [case for case in plain if case.name in records]
     shapes = [(case.D, case.V, case.dtype) for case in cases]
     D, V, dtype = shape = max(shapes, key=shapes.count, default=(0, 0, None))
     if shapes.count(shape) < 3:
@@ -331,6 +415,23 @@ def plot_hidden(device: str, records: Newest, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_accuracy(device: str, records: Newest, path: Path) -> None:
+    """Worst error of the KL over the true KL, a line for each provider."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    plain = [records[problem.name] for problem in PROBLEMS if problem.name in records and not (problem.spoilt or problem.shift)]
+    for name in ROW_PROVIDERS:
+        points = [(own[name]["kl"], own[name]["errors"]["kl"]) for own in plain if name in own and "kl" in own[name]["errors"]]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="true KL, nats", ylabel="worst relative error", title=device)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main(arguments: list[str] | None = None, documents: tuple[Path, ...] = DOCUMENTS, folder: Path = RESULTS) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a document differs from the records")
@@ -349,6 +450,8 @@ def main(arguments: list[str] | None = None, documents: tuple[Path, ...] = DOCUM
             plot(device, own, folder / f"{slug(device)}.png")
         for device, own in newest(records, "hidden").items():
             plot_hidden(device, own, folder / f"{slug(device)}-hidden.png")
+        for device, own in newest(records, "accuracy").items():
+            plot_accuracy(device, own, folder / f"{slug(device)}-accuracy.png")
     print(f"{'differ from' if args.check else 'rewritten from'} the records: {', '.join(stale)}" if stale else "up to date")
     return 1 if args.check and stale else 0
 

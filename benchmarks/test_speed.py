@@ -1,4 +1,4 @@
-"""Times of `token_stats` on the small cases, for pytest-benchmark: is this change slower than what was there before?
+"""Times of the small cases, for pytest-benchmark: is this change slower than what was there before?
 
 pytest benchmarks --benchmark-autosave         before
 pytest benchmarks --benchmark-compare          after
@@ -12,23 +12,30 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules of this folder, as its programs see them
 
-from cases import CASES
-from measure import Contender, Inputs
-from providers import PROVIDERS
+from cases import CASES, HIDDEN_CASES
+from linear import HIDDEN
+from measure import LOGITS
+from providers import HIDDEN_PROVIDERS, PROVIDERS
 
 pytest.importorskip("pytest_benchmark")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+CONTENDERS = [
+    pytest.param(level, case, table[name], id=f"{case.name}-{name}")
+    for level, cases, table, names in (
+        (LOGITS, CASES, PROVIDERS, ("fused", "eager")),
+        (HIDDEN, HIDDEN_CASES, HIDDEN_PROVIDERS, ("ours", "ours_recompute")),
+    )
+    for case in cases
+    if "small" in case.tags
+    for name in names
+]
 
-@pytest.fixture(scope="module", params=[case for case in CASES if "small" in case.tags], ids=lambda case: case.name)
-def inputs(request):
-    return Inputs(request.param, DEVICE)
 
-
-@pytest.mark.parametrize("provider", ["fused", "eager"])
+@pytest.mark.parametrize(("level", "case", "provider"), CONTENDERS)
 @pytest.mark.parametrize("phase", ["forward", "both"])
-def test_speed(benchmark, inputs, provider, phase):
-    contender = Contender(PROVIDERS[provider], inputs)
+def test_speed(benchmark, level, case, provider, phase):
+    contender = level.contender(provider, level.inputs(case, DEVICE))
 
     def call() -> None:
         getattr(contender, phase)()

@@ -1,8 +1,10 @@
 """The benchmark refuses what is wrong, counts what it says it counts, and its documents say what its records say."""
 
 import json
+import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,16 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # as its programs see each other
 
-import demo
+import accuracy
 import linear
 import measure
 import providers
 import report
 import run
-from cases import CASES, HIDDEN_CASES, Case, HiddenCase
-from fused_tdpo import TokenStats, token_stats
+from cases import CASES, HIDDEN_CASES, MODELS, PROBLEMS, Case, HiddenCase, model_name
+from fused_tdpo import TokenStats, linear_token_stats, token_stats
 from fused_tdpo.reference import token_stats_reference
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 TINY = Case(6, 200, dtype=torch.float32, masked=0.5, tags=frozenset({"gpu", "cpu"}))
 
@@ -151,6 +154,15 @@ def test_cases():
     assert all(any(tag in case.tags for case in CASES) for tag in ("cpu", "small"))
 
 
+def test_models():
+    names = [model.name for model in MODELS]
+    assert len(set(names)) == len(names)
+    assert model_name(151_936) == "Qwen 3" and model_name(151_936, 896) == "Qwen 2.5 0.5B" and model_name(1, 1) == ""
+    assert model_name(256_000, 2304, 30.0) == "Gemma 2 2B" and model_name(256_000, 2304) == ""
+    measured = {model.name for model in MODELS if "gpu" in model.tags}
+    assert measured <= {case.model for case in HIDDEN_CASES}, "a model that is tagged has a case"
+
+
 def test_peak_memory_sees_inside_operators():
     def allocate():
         a = torch.empty(250_000)  # 1 MB
@@ -171,7 +183,7 @@ def test_peak_memory_sees_inside_operators():
 # -------------------------------------------------------------------------------------------------------------------- records
 
 FIELDS = {
-    *("date", "commit", "changed", "device", "driver", "threads", "torch", "triton", "python"),
+    *("date", "commit", "changed", "device", "driver", "threads", "torch", "triton", "peers", "python"),
     *("case", "model", "N", "V", "dtype", "masked", "forward_bytes", "backward_bytes"),
     *("provider", "refused", "failed", "errors", "peak_bytes", "rounds", "ms", "floor_ms"),
 }
@@ -179,9 +191,10 @@ FIELDS = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Records of a run on the tiny case."""
+    """Records of a run on the tiny case alone."""
     for module in (run, report):
-        monkeypatch.setattr(module, "CASES", (TINY,))
+        for name, cases in {"CASES": (TINY,), "HIDDEN_CASES": (), "PROBLEMS": ()}.items():
+            monkeypatch.setattr(module, name, cases)
     arguments = ["--provider", "fused", "--provider", "eager", "--rounds", "2", "--results", str(tmp_path / "results")]
     assert run.main([*arguments, "--out", str(tmp_path / "out"), "--commit", "0123456789abcdef"]) == 0
     return tmp_path / "results"
@@ -197,6 +210,26 @@ def test_a_run_writes_complete_records(folder):
         assert set(record["ms"]) == set(record["floor_ms"]) == set(measure.PHASES)
         assert all(low <= middle <= high for low, middle, high in record["ms"].values())
     assert (folder.parent / "out" / path.name).read_text() == path.read_text()
+
+
+def test_what_is_worth_most_comes_first_and_the_rest_is_named(tmp_path, monkeypatch, capsys):
+    cases = [replace(TINY, N=N, tags=frozenset({"cpu", *tags})) for N, tags in ((6, ()), (4, ("main",)), (2, ()))]
+    for name, own in {"CASES": cases, "HIDDEN_CASES": (), "PROBLEMS": ()}.items():
+        monkeypatch.setattr(run, name, own)
+    arguments = ["--provider", "fused", "--rounds", "1", "--results", str(tmp_path)]
+    assert run.main([*arguments, "--minutes", "0"]) == 0, "at least one case is measured"
+    assert {record["N"] for record in report.load(tmp_path)} == {4}
+    assert f"not measured: {cases[0].name}, {cases[2].name}" in capsys.readouterr().out
+    run.main(arguments)
+    assert [record["N"] for record in report.load(tmp_path)][2::2] == [4, 6, 2], "records of one second stay in their order"
+
+
+def test_the_run_for_a_gpu_needs_one(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        run.main(["--gpu"])
+    assert "need a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--case", "N1"], ["--provider", "fuse"], ["--case", "N4096"]], ids=" ".join)
@@ -238,6 +271,14 @@ def test_refusals_are_shown_in_a_word(folder):
     assert "| `fused` | wrong |" in text and "eager" not in text
 
 
+def test_who_was_not_there_is_not_forgotten(folder):
+    records = report.load(folder)
+    absent = records[1] | {"refused": "not available: no such package", "ms": {}, "date": "2999-01-01"}
+    assert report.generated("headline", [*records, absent]) == report.generated("headline", records)
+    wrong = absent | {"refused": "wrong: relative error 1 of kl"}
+    assert "| `fused` | wrong |" in report.generated("headline", [*records, wrong])
+
+
 def test_an_unknown_table_is_refused():
     with pytest.raises(KeyError, match="tim"):
         report.updated("<!-- generated: tim -->\n<!-- end -->", [])
@@ -245,6 +286,21 @@ def test_an_unknown_table_is_refused():
 
 def test_no_records_yet():
     assert all("No records yet" in report.generated(view, []) for view in report.VIEWS)
+
+
+UNDATED = re.compile(r"fastest|quickest|state of the art|best known|no other|nobody else|\bthe only\b", re.IGNORECASE)
+
+
+def undated(text: str) -> list[str]:
+    """Paragraphs that claim to be ahead of everybody, and do not say when."""
+    return [part for part in text.split("\n\n") if UNDATED.search(part) and not re.search(r"20\d\d-\d\d-\d\d", part)]
+
+
+@pytest.mark.parametrize("path", ["README.md", "benchmarks/README.md"])
+def test_superlatives_carry_a_date(path):
+    assert undated("The fastest of all.\n\nThe fastest on 2026-11-26.") == ["The fastest of all."]
+    prose = re.sub(r"^\|.*\n", "", (ROOT / path).read_text(), flags=re.MULTILINE)  # the caption of a table has its date
+    assert not undated(prose)
 
 
 def test_the_repository_is_up_to_date():
@@ -262,24 +318,7 @@ def test_a_picture(folder, monkeypatch):
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
-# ----------------------------------------------------------------------------------------------------------- demo and tuning
-
-
-@pytest.mark.parametrize("rich", [True, False], ids=["rich", "plain"])
-def test_demo(rich, capsys, monkeypatch):
-    if not rich:
-        monkeypatch.setitem(sys.modules, "rich.console", None)  # the import fails
-    assert demo.main(["--tokens", "32", "--vocab", "1001", "--repetitions", "1"]) == 0
-    text = capsys.readouterr().out
-    for part in ("naive", "fused, in place", "Same loss and gradient", "peak memory", "log-softmax", "lse identity"):
-        assert part in text
-
-
-def test_demo_does_not_hide_a_difference(monkeypatch):
-    wrong = demo.official
-    monkeypatch.setattr(demo, "official", lambda x, z, y: wrong(x * 1.1, z, y))
-    with pytest.raises(ValueError, match="fused differs from naive"):
-        demo.main(["--tokens", "32", "--vocab", "1001", "--repetitions", "1"])
+# -------------------------------------------------------------------------------------------------------------------- tuning
 
 
 @pytest.mark.interpreter
@@ -360,9 +399,18 @@ def test_a_wrong_loss_gets_no_time(loss, complaint):
     assert result.failed and result.refused.startswith("wrong: ") and complaint in result.refused
 
 
-@pytest.mark.parametrize("case", [HIDDEN, FROZEN], ids=["trained", "frozen"])
-@pytest.mark.parametrize("name", providers.HIDDEN_PROVIDERS)
-def test_hidden_providers_pass(name, case):
+SMALL = [case for case in HIDDEN_CASES if "small" in case.tags]
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [(case, name) for case in SMALL for name in case.only or providers.HIDDEN_PROVIDERS],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_hidden_providers_pass(name, case, monkeypatch):
+    monkeypatch.setattr(
+        torch, "compile", partial(torch.compile, backend="eager")
+    )  # traced, but nothing is left to a C++ compiler
     result = examined(providers.HIDDEN_PROVIDERS[name], case)
     if result.refused.startswith("not available"):
         pytest.skip(result.refused)
@@ -371,15 +419,39 @@ def test_hidden_providers_pass(name, case):
     assert result.peak_bytes >= case.gradient_bytes
 
 
-def test_the_gate_knows_dpo():
-    assert not examined(providers.Provider(lambda: without_kl, lacks="the KL")).refused
-    assert examined(providers.Provider(lambda: naive, lacks="the KL")).failed
+def test_a_forgotten_cap_gets_no_time():
+    capped = replace(HIDDEN, softcap=5.0)
+
+    def loss(beta, x, head, z, ref_head, labels):
+        return naive(beta, x, head.weight, z, ref_head.weight, labels)
+
+    assert "loss" in examined(providers.Provider(lambda: loss), capped).refused
+    assert not examined(providers.HIDDEN_PROVIDERS["ours"], capped).refused
+
+
+def kl_alone(beta, x, head, z, ref_head, labels):
+    labels = providers.shifted(labels)
+    return providers.official(F.linear(x, head), F.linear(z, ref_head), labels).kl.sum() / (labels != -100).sum()
+
+
+@pytest.mark.parametrize("computes", ["tdpo2", "dpo", "kl"])
+def test_the_gate_knows_what_is_computed(computes):
+    right = {"tdpo2": naive, "dpo": without_kl, "kl": kl_alone}
+    for name, loss in right.items():
+        assert examined(providers.Provider(lambda loss=loss: loss, computes=computes)).failed == (name != computes)
 
 
 def test_what_would_not_fit_is_not_begun(monkeypatch):
     monkeypatch.setattr(linear, "available_bytes", lambda: 1e4)
     result = examined(providers.HIDDEN_PROVIDERS["naive_all"])
     assert not result.failed and result.refused.startswith("too large: about 87.5 KiB of 9.77 KiB")  # 64 rows, 50 columns
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.1, 0.5, 0.9])
+def test_rows_that_count(masked):
+    case = replace(HIDDEN, masked=masked)
+    labels = providers.shifted(linear.Inputs(case, CPU).labels)
+    assert case.N == int((labels != -100).sum()) == 4 * {0.0: 15, 0.1: 15, 0.5: 8, 0.9: 2}[masked]
 
 
 @pytest.mark.parametrize("case", [HIDDEN, FROZEN], ids=["trained", "frozen"])
@@ -400,9 +472,10 @@ def test_bare_makes_the_least_products(case, rows, monkeypatch):
 
 
 def test_hidden_cases():
-    names = [case.name for case in (*CASES, *HIDDEN_CASES)]
+    names = [case.name for case in (*CASES, *HIDDEN_CASES, *PROBLEMS)]
     assert len(set(names)) == len(names)
-    assert {tag for case in HIDDEN_CASES for tag in case.tags} == {"gpu", "cpu", "small"}
+    assert {tag for case in HIDDEN_CASES for tag in case.tags} == {"gpu", "cpu", "main", "small"}
+    assert all(case.tags & {"gpu", "cpu"} for case in HIDDEN_CASES if "small" not in case.tags)
     assert all(name in providers.HIDDEN_PROVIDERS for case in HIDDEN_CASES for name in case.only)
 
 
@@ -410,7 +483,7 @@ def test_hidden_cases():
 def hidden_folder(tmp_path, monkeypatch):
     """Records of a run on hidden states."""
     for module in (run, report):
-        monkeypatch.setattr(module, "HIDDEN_CASES", (HIDDEN, FROZEN))
+        monkeypatch.setattr(module, "HIDDEN_CASES", (replace(HIDDEN, tags=frozenset({"main"})), FROZEN))
     monkeypatch.setattr(measure, "TOO_FAST", float("inf"))  # these products take microseconds, and who knows what else runs
     arguments = ["--case", HIDDEN.name, "--case", FROZEN.name, "--provider", "naive_all", "--rounds", "2"]
     assert run.main([*arguments, "--results", str(tmp_path), "--commit", "0123456789abcdef"]) == 0
@@ -419,9 +492,9 @@ def hidden_folder(tmp_path, monkeypatch):
 
 def test_hidden_records_and_tables(hidden_folder, monkeypatch):
     records = report.load(hidden_folder)
-    facts = {"pairs", "T", "D", "trained", "flops", "gradient_bytes"}
+    facts = {"pairs", "T", "D", "trained", "apart", "softcap", "flops", "gradient_bytes"}
     assert [record["provider"] for record in records] == ["bare", "naive_all"] * 2
-    assert all(set(record) == FIELDS - {"masked", "forward_bytes", "backward_bytes"} | facts for record in records)
+    assert all(set(record) == FIELDS - {"forward_bytes", "backward_bytes"} | facts for record in records)
     assert set(records[0]["ms"]) == {"both"} and set(records[1]["ms"]) == set(measure.PHASES)
 
     by_hand = {"bare": [900, 1000, 1100], "ours": [1100, 1250, 1300], "naive_all": [5e3, 6e3, 7e3]}
@@ -432,13 +505,22 @@ def test_hidden_records_and_tables(hidden_folder, monkeypatch):
     ]  # fmt: skip
     made[1] |= {"refused": "too large: about 3 GiB of 2 GiB that are available"}
     made.append(made[2] | {"provider": "trl", "refused": "not available: No module named 'trl'"})
-    text = report.generated("hidden", made)
-    assert "|  | `bare` | `naive_all` |" in text and FROZEN.name not in text
+    made.append(made[2] | {"provider": "liger"})
+    text = report.generated("hidden", [*made, *(record | {"case": FROZEN.name} for record in made)])
+    assert "|  | `bare` | `naive_all` |\n" in text and FROZEN.name not in text
     assert f"| `{HIDDEN.name}` | 1.00 s | 6.00 s (6.00×), 3.00 MiB |" in text
     text = report.generated("hidden-phases", made)
     assert "`naive_all` | 6.00 s | 6.00 s | 6.00 s | 5.00 s to 7.00 s | 6.00× | 0.333 | 3.00 MiB | 1.00 MiB |" in text
     assert f"| `{HIDDEN.name}` `ours` | too large |" in text and "`trl`" not in text
+    text = report.generated("hidden-others", made)
+    assert "|  | `bare` | `liger` |\n" in text and "6.00 s (6.00×), 3.00 MiB" in text
     assert "No records yet" in report.generated("time", made), "the levels do not mix"
+
+    made[1] |= {"refused": ""}
+    made.append(made[2] | {"provider": "trl", "ms": {"both": [4e3, 5e3, 6e3]}, "peak_bytes": 5 * 2**20})
+    text = report.generated("summary", made)
+    assert f"| `{HIDDEN.name}` | 1.25 s | 1.25× | `trl` | 4.00× | 3.00 MiB | 5.00 MiB |" in text
+    assert f"as of {records[0]['date'][:10]}" in text
 
 
 def test_a_picture_of_the_lengths(hidden_folder, monkeypatch):
@@ -450,4 +532,82 @@ def test_a_picture_of_the_lengths(hidden_folder, monkeypatch):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert report.main(["--plot"], documents=(), folder=hidden_folder) == 0
     (picture,) = hidden_folder.glob("*-hidden.png")
+    assert picture.stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------------------------------------------------------ exactness
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("got", "truth", "error"),
+    [
+        ([1.0, 2.5], [1.0, 2.0], 0.25),
+        ([0.5], [0.0], 0.5),
+        ([INF, NAN, 1.0], [INF, NAN, 1.0], 0.0),
+        ([1.0], [NAN], INF),
+        ([1.0], [INF], INF),
+        ([INF], [1.0], INF),
+        ([-INF], [INF], INF),
+        ([NAN, 1.0], [1.0, 1.0], NAN),
+        ([NAN], [INF], NAN),
+        ([INF, NAN], [1.0, 1.0], NAN),
+    ],
+)
+def test_worst_error(got, truth, error):
+    found = accuracy.worst(torch.tensor(got), torch.tensor(truth, dtype=torch.float64))
+    assert found == error or (found != found and error != error)
+
+
+def asked(problem, name, function=None):
+    """What a provider's answer to a small version of a problem is worth."""
+    provider = providers.ROW_PROVIDERS[name] if function is None else providers.Provider(lambda: function)
+    inputs = accuracy.Inputs(replace(problem, V=1501), CPU)
+    found = measure.admit(name, provider, inputs, accuracy.Truth(inputs), accuracy.ACCURACY)[0]
+    assert not found.refused
+    return found.errors
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+@pytest.mark.parametrize("name", ["ours", "fused"])
+def test_ours_are_exact(problem, name):
+    errors = asked(problem, name)
+    assert set(errors) == {"logp", "kl", "kl below 0"} | (
+        set() if problem.name in ("-inf in both", "-inf in policy") else {"gradient"}
+    )
+    assert errors["kl below 0"] == 0 and errors["logp"] <= 1e-6
+    assert errors["kl"] <= (1e-2 if problem.shift else 1e-5)
+    assert errors.get("gradient", 0.0) <= (1.0 if problem.distance < 1e-2 else 1e-3), "p - q of nearly equal p and q"
+
+
+def test_inexact_providers_are_found_out():
+    by_name = {problem.name: problem for problem in PROBLEMS}
+    assert asked(by_name["distance 1e-05"], "official")["kl"] > 1
+    ignored = asked(by_name["NaN in an ignored row"], "official")
+    assert all(ignored[name] != ignored[name] for name in ("logp", "kl", "gradient"))
+    assert asked(by_name["-inf in both"], "official")["kl"] != 0
+
+    def hides_nan(*inputs):
+        stats = linear_token_stats(*inputs)
+        return stats._replace(kl=stats.kl.nan_to_num())
+
+    assert asked(by_name["NaN in a counted row"], "hides_nan", hides_nan)["kl"] == INF
+
+
+def test_accuracy_records_table_and_picture(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    problems = [replace(problem, V=1501) for problem in PROBLEMS if problem.name in ("distance 1e-05", "NaN in an ignored row")]
+    for module in (run, report):
+        monkeypatch.setattr(module, "PROBLEMS", problems)
+    arguments = ["--level", "accuracy", "--provider", "ours", "--provider", "official", "--provider", "fla"]
+    assert run.main([*arguments, "--results", str(tmp_path), "--commit", "0123456789abcdef"]) == 0
+    records = report.load(tmp_path)
+    assert all(set(record) == FIELDS - {"masked", "forward_bytes", "backward_bytes"} | {"spoilt", "kl"} for record in records)
+    text = report.generated("accuracy", records)
+    assert re.search(r"^\| distance 1e-05 \| \d\.\de-11 \| \de-0\d \| \de\+0\d( \(\d\))? \|$", text, re.MULTILINE)
+    assert "| NaN in an ignored row |  | right | logp NaN, kl NaN, gradient NaN |" in text
+    assert "medians" not in text and "0123456789" in text
+    assert report.main(["--plot"], documents=(), folder=tmp_path) == 0
+    (picture,) = tmp_path.glob("*-accuracy.png")
     assert picture.stat().st_size > 10_000
