@@ -712,6 +712,7 @@ def token_stats_fwd(
     temperature: float,
     extras: tuple[str, ...],
     softcaps: Softcaps = (None, None),
+    divergence: tuple[str, float] = ("forward_kl", 0.0),
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Launches fold and finish.
 
@@ -759,6 +760,7 @@ def token_stats_fwd(
 def token_stats_bwd(
     policy: Tensor, ref: Tensor | None, labels: Tensor, saved: Tensor, g_logp: Tensor | None, g_kl: Tensor | None,
     d_policy: Tensor, *, V: int, ignore_index: int, temperature: float, softcaps: Softcaps = (None, None),
+    divergence: tuple[str, float] = ("forward_kl", 0.0),
 ) -> None:  # fmt: skip
     """Launches backward: writes the gradient of the policy logits into `d_policy` (outer, inner, W), which may be `policy`, or
     have another dtype. With a softcap of the policy, that of the raw products.
