@@ -12,14 +12,9 @@ TRITON_INSTALLED = find_spec("triton") is not None
 """Looked up, not imported: `import fused_tdpo` needs torch alone."""
 
 
-TRITON_DIVERGENCES = ("forward_kl",)
-"""Those that the kernels have; the other backends have all."""
-
-
 def choose_backend(
-    backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], divergence: str = "forward_kl", *,
-    triton: bool = TRITON_INSTALLED,
-) -> tuple[str, str]:  # fmt: skip
+    backend: str, device_type: str, dtypes: tuple[torch.dtype, ...], *, triton: bool = TRITON_INSTALLED
+) -> tuple[str, str]:
     """The implementation that `backend` means for tensors of these dtypes on this device, and why.
 
     `"auto"` takes Triton on a GPU and falls back to torch. A name is that implementation or an error, never another one.
@@ -34,11 +29,6 @@ def choose_backend(
             raise TypeError(
                 "backend='triton' computes in float32 and refuses float64 logits; use backend='torch' or 'reference'"
             )
-        if divergence not in TRITON_DIVERGENCES:
-            raise ValueError(
-                f"backend='triton' has no kernel of divergence={divergence!r} yet, only of "
-                f"{', '.join(map(repr, TRITON_DIVERGENCES))}: use backend='torch', or 'auto'"
-            )
         if not triton:
             raise RuntimeError("backend='triton' needs the triton package: pip install triton, or use backend='torch'")
         return "triton", "asked for"
@@ -50,8 +40,6 @@ def choose_backend(
         return "torch", "Triton kernels compute in float32, and the logits are float64"
     if not triton:
         return "torch", "the triton package is not installed"
-    if divergence not in TRITON_DIVERGENCES:
-        return "torch", f"no Triton kernel of divergence {divergence!r}"
     return "triton", "GPU tensors"
 
 

@@ -119,9 +119,7 @@ class LinearPreferenceLoss(PreferenceLoss):
         inputs = linear_inputs(policy_hidden, policy_head, ref_hidden, ref_head, labels, self.vocab_size)
         layout = self._layout(labels, cu_seqlens, token_weights, kl_weights, ref_logps, num_pairs)
         self._check_reference("ref_hidden", ref_hidden, kl_weights, ref_logps)
-        divergence = as_divergence(self.divergence, self.divergence_alpha)
-        dtypes = (inputs.dtype, inputs.ref_dtype or inputs.dtype)
-        backend, _ = choose_backend(self.backend, labels.device.type, dtypes, divergence.name)
+        backend, _ = choose_backend(self.backend, labels.device.type, (inputs.dtype, inputs.ref_dtype or inputs.dtype))
         engine = choose_engine(self.engine, backend, self.obstacle(token_weights is not None))
         labels = layout.shift(labels, self.ignore_index)
         counts = layout.sum((labels != self.ignore_index).to(stats_dtype(inputs.dtype, inputs.ref_dtype)))
@@ -137,7 +135,7 @@ class LinearPreferenceLoss(PreferenceLoss):
         options: dict[str, Any] = {
             "ignore_index": self.ignore_index,
             "temperature": self.temperature,
-            "divergence": divergence,
+            "divergence": as_divergence(self.divergence, self.divergence_alpha),
             "check_labels": self.check_labels,
             "backend": backend,
             "max_chunk_bytes": self.max_chunk_bytes,

@@ -88,9 +88,8 @@ def token_stats(
         RuntimeError: backend="triton" without triton; a double backward.
     """
     V = check_token_stats(policy_logits, ref_logits, labels, temperature, vocab_size, divergence, divergence_alpha, extras)
-    kind = as_divergence(divergence, divergence_alpha)
     dtypes = (policy_logits.dtype,) if ref_logits is None else (policy_logits.dtype, ref_logits.dtype)
-    name, _ = choose_backend(backend, policy_logits.device.type, dtypes, kind.name)
+    name, _ = choose_backend(backend, policy_logits.device.type, dtypes)
     check_labels = looks_at_labels(check_labels, labels, name)
 
     if name == "reference":
@@ -125,7 +124,7 @@ def token_stats(
         check_labels,
         inplace_backward,
         name,
-        kind,
+        as_divergence(divergence, divergence_alpha),
     )
     return TokenStats(**dict(zip(names, stats, strict=True)))
 
@@ -251,12 +250,11 @@ def linear_token_stats(
         raise ValueError(
             f"valid_rows must be the number of labels that are not ignored, at most {labels.numel()}; got {valid_rows!r}"
         )
-    kind = as_divergence(divergence, divergence_alpha)
-    name, _ = choose_backend(backend, policy_hidden.device.type, (inputs.dtype, inputs.ref_dtype or inputs.dtype), kind.name)
+    name, _ = choose_backend(backend, policy_hidden.device.type, (inputs.dtype, inputs.ref_dtype or inputs.dtype))
     return linear_stats(
-        policy_hidden, ref_hidden, labels, inputs, ignore_index=ignore_index, temperature=temperature, divergence=kind,
-        extras=extras, check_labels=check_labels, backend=name, max_chunk_bytes=max_chunk_bytes, logits_dtype=logits_dtype,
-        valid_rows=valid_rows,
+        policy_hidden, ref_hidden, labels, inputs, ignore_index=ignore_index, temperature=temperature,
+        divergence=as_divergence(divergence, divergence_alpha), extras=extras, check_labels=check_labels, backend=name,
+        max_chunk_bytes=max_chunk_bytes, logits_dtype=logits_dtype, valid_rows=valid_rows,
     )  # fmt: skip
 
 

@@ -39,15 +39,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 BACKENDS = [
     pytest.param(Backend("reference"), id="reference"),
     pytest.param(Backend("torch"), id="torch"),
+    pytest.param(Backend("triton"), id="triton", marks=pytest.mark.interpreter),
 ]
 FUSED = BACKENDS[1:]
 OTHERS: list[Any] = [
     pytest.param({"divergence": "reverse_kl"}, id="reverse_kl"),
     pytest.param({"divergence": "js"}, id="js"),
-    *(
-        pytest.param({"divergence": "alpha", "divergence_alpha": a}, id=f"alpha{a}")
-        for a in (0.5, 0.2, 0.8, -0.7, 1.6, 0.01, 0.99)
-    ),
+    *(pytest.param({"divergence": "alpha", "divergence_alpha": a}, id=f"alpha{a}") for a in (0.5, 0.2, 0.99, -0.7, 1.6)),
 ]
 EVERY = [pytest.param({}, id="forward_kl"), *OTHERS]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -132,9 +130,8 @@ def finite(kind: dict[str, Any]) -> tuple[bool, bool]:
 @every_backend
 @every_other
 @pytest.mark.parametrize("where", ["both", "policy", "reference"])
-@pytest.mark.parametrize("dtype", [fp32, bf16], ids=SHORT.get)
-def test_minus_infinity(backend, kind, where, dtype):
-    case = make_case("cpu", (4,), 300, dtype=dtype, **kind)
+def test_minus_infinity(backend, kind, where):
+    case = make_case("cpu", (4,), 300, **kind)
     mask = torch.zeros(4, 300, dtype=torch.bool)
     mask[:, ::3] = mask[:, -1] = True
     mask[2:] = False
