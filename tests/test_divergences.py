@@ -88,6 +88,19 @@ def test_options(backend, kind):
     check(backend, make_case("cpu", (0,), 67, **kind), "no rows")
 
 
+@pytest.mark.interpreter
+@every_other
+def test_rows_of_several_segments(kind, monkeypatch):
+    kernels = pytest.importorskip("fused_tdpo.kernels.token_stats")
+    monkeypatch.setattr(kernels, "SEGMENT_COLUMNS", 1024)
+    monkeypatch.setattr(kernels, "backward_chunk", lambda tile: 1024)
+    backend = Backend("triton")
+    check(backend, make_case("cpu", (3,), 3001, **kind))
+    z = 3.0 * noise(2, 3001, seed=1)
+    x = z + 1e-5 * noise(2, 3001, seed=2)
+    assert_relative("tiny", value(backend, x, z, kind), accurate(x, z, kind), TINY_KL_RELATIVE)
+
+
 @every_fused
 @every_other
 @pytest.mark.parametrize("dtype", [fp32, bf16], ids=SHORT.get)
