@@ -75,7 +75,7 @@ def token_stats_cases(target: str) -> Iterator[Case]:
     import torch
 
     from fused_tdpo.kernels import token_stats as op
-    from fused_tdpo.types import EXTRAS
+    from fused_tdpo.types import EXTRAS, FORWARD_KL, Divergence
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     variants = {  # name -> dtypes of policy, reference and gradient, V, extras
@@ -93,15 +93,24 @@ def token_stats_cases(target: str) -> Iterator[Case]:
         "fp32-narrow": (fp32, fp32, fp32, 151_937, ()),
     }
     uncapped = (None, None)
-    launches = {name: (variant, uncapped) for name, variant in variants.items()}
+    launches = {name: (variant, uncapped, FORWARD_KL) for name, variant in variants.items()}
     capped = ("bf16", "fp16", "fp32", "fp32-to-bf16", "bf16-no-ref", "bf16-extras", "bf16-narrow")
-    launches |= {f"{name}-capped": (variants[name], (30.0, 50.0)) for name in capped}
+    launches |= {f"{name}-capped": (variants[name], (30.0, 50.0), FORWARD_KL) for name in capped}
+    divergences = {
+        "reverse-kl": Divergence("reverse_kl"), "js": Divergence("js"), "alpha": Divergence("alpha", 0.3),
+        "alpha-above-half": Divergence("alpha", 0.7),
+    }  # fmt: skip
+    launches |= {f"bf16-{suffix}": (variants["bf16"], uncapped, divergence) for suffix, divergence in divergences.items()}
+    for suffix in ("js", "alpha"):
+        launches[f"bf16-narrow-{suffix}"] = (variants["bf16-narrow"], uncapped, divergences[suffix])
+        launches[f"fp32-{suffix}"] = (variants["fp32"], uncapped, divergences[suffix])
+        launches[f"bf16-{suffix}-capped"] = (variants["bf16"], (30.0, 50.0), divergences[suffix])
     N = 2
     labels, g = torch.zeros(N, dtype=torch.int64), torch.zeros(N)
-    for name, ((policy_dtype, ref_dtype, d_dtype, V, extras), softcaps) in launches.items():
+    for name, ((policy_dtype, ref_dtype, d_dtype, V, extras), softcaps, divergence) in launches.items():
         policy, d_policy = (torch.empty(1, N, V, dtype=dtype) for dtype in (policy_dtype, d_dtype))
         ref = torch.empty(1, N, V, dtype=ref_dtype) if ref_dtype else None
-        options = {"V": V, "ignore_index": -100, "temperature": 1.0, "softcaps": softcaps}
+        options = {"V": V, "ignore_index": -100, "temperature": 1.0, "softcaps": softcaps, "divergence": divergence}
 
         def launch(policy=policy, ref=ref, d_policy=d_policy, options=options, extras=extras):
             _, saved = op.token_stats_fwd(policy, ref, labels, extras=extras, **options)
@@ -112,7 +121,7 @@ def token_stats_cases(target: str) -> Iterator[Case]:
             expected = {}
             itemsizes = [t.element_size() for t in (policy, ref) if t is not None]
             accessed = [*itemsizes, d_policy.element_size()] if step == "bwd" else itemsizes
-            if step != "finish":
+            if step not in ("finish", "settle"):
                 expected = {
                     "pairs": args["K"] * args["T"] * args["E"],
                     "reads": sum(itemsizes),

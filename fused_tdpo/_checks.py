@@ -6,11 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_tdpo.types import EXTRAS, REF_EXTRAS
+from fused_tdpo.types import DIVERGENCES, EXTRAS, REF_EXTRAS, Divergence
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32)
-DIVERGENCES = ("forward_kl",)
 LINEAR_ORDER = "The order is (policy_hidden, policy_head, ref_hidden, ref_head, labels)."
 
 
@@ -93,9 +92,22 @@ def check_options(temperature: float, divergence: str, divergence_alpha: float |
     if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a finite number > 0; got {temperature!r}")
     if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(map(repr, DIVERGENCES))} in this version; got {divergence!r}")
-    if divergence_alpha is not None:
+        raise ValueError(f"divergence must be one of {', '.join(map(repr, DIVERGENCES))}; got {divergence!r}")
+    if divergence != "alpha" and divergence_alpha is not None:
         raise ValueError(f"divergence_alpha belongs to divergence='alpha'; got {divergence_alpha!r} with {divergence!r}")
+    if divergence == "alpha" and not (isinstance(divergence_alpha, (int, float)) and math.isfinite(divergence_alpha)):
+        raise ValueError(
+            f"divergence='alpha' needs divergence_alpha, a finite number: 0 is KL(ref || policy), 1 is KL(policy || ref); got "
+            f"{divergence_alpha!r}"
+        )
+
+
+def as_divergence(divergence: str, divergence_alpha: float | None) -> Divergence:
+    """Checked options as one thing, limits by their names."""
+    if divergence_alpha is None:
+        return Divergence(divergence)
+    limits = {0: Divergence("forward_kl"), 1: Divergence("reverse_kl")}
+    return limits.get(divergence_alpha, Divergence("alpha", float(divergence_alpha)))  # type: ignore[call-overload]
 
 
 def check_vocab_size(

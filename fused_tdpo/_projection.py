@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_tdpo._backends import load_backend
+from fused_tdpo.types import Divergence
 
 CAST_COLUMNS = 512
 """A CPU has no product of half-precision matrices with a float32 result: so many rows of the head are cast at once there."""
@@ -137,15 +138,17 @@ class Tiles:
 
     def __init__(
         self, policy: Projection, ref: Projection | None, labels: Tensor, rows: int, *, ignore_index: int, temperature: float,
-        backend: str,
+        backend: str, divergence: Divergence,
     ) -> None:  # fmt: skip
         self.policy, self.ref, self.labels = policy, ref, labels
         self.backend = load_backend(backend, labels.device)
+        self.divergence = divergence
         self.options = {
             "V": len(policy.weight),
             "ignore_index": ignore_index,
             "temperature": temperature,
             "softcaps": (policy.softcap, None if ref is None else ref.softcap),
+            "divergence": divergence,
         }
         self.shared = ref is not None and ref.weight is policy.weight  # one product makes both models' logits
         self._x = self._buffer(policy.logits_dtype, 2 * rows if self.shared else rows)
@@ -175,7 +178,7 @@ class Tiles:
             self.ref.logits(self.ref.rows(index), self.z)
 
     def stats(self, extras: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], Tensor]:
-        """Statistics by name, each (R,), and what `gradient` needs of them, (4, R)."""
+        """Statistics by name, each (R,), and what `gradient` needs of them."""
         z = None if self.z is None else self.z[None]
         return self.backend.token_stats_fwd(self.x[None], z, self.y, extras=extras, **self.options)
 

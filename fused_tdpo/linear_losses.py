@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_tdpo._backends import choose_backend
-from fused_tdpo._checks import check_chunks, looks_at_labels
+from fused_tdpo._checks import as_divergence, check_chunks, looks_at_labels
 from fused_tdpo._chunks import as_counts, host_counts
 from fused_tdpo._layout import SequenceLayout
 from fused_tdpo.functions.one_pass import Job, Objective, OnePassFunction, Sums, own_autograd, upload
@@ -135,6 +135,7 @@ class LinearPreferenceLoss(PreferenceLoss):
         options: dict[str, Any] = {
             "ignore_index": self.ignore_index,
             "temperature": self.temperature,
+            "divergence": as_divergence(self.divergence, self.divergence_alpha),
             "check_labels": self.check_labels,
             "backend": backend,
             "max_chunk_bytes": self.max_chunk_bytes,

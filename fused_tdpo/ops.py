@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fused_tdpo._backends import choose_backend
 from fused_tdpo._checks import (
     LINEAR_ORDER,
+    as_divergence,
     check_chunks,
     check_extras,
     check_hidden,
@@ -27,7 +28,7 @@ from fused_tdpo.functions.linear_token_stats import LinearOptions, LinearTokenSt
 from fused_tdpo.functions.token_stats import TokenStatsFunction, stat_names
 from fused_tdpo.heads import LMHead
 from fused_tdpo.reference import linear_token_stats_reference, token_stats_reference
-from fused_tdpo.types import TokenStats
+from fused_tdpo.types import Divergence, TokenStats
 
 
 def token_stats(
@@ -62,8 +63,11 @@ def token_stats(
             where their logits hold NaN.
         temperature: divides the logits of both models, > 0.
         vocab_size: use columns [0, vocab_size) of both; the gradient elsewhere is 0. Needed where the widths differ.
-        divergence: `"forward_kl"`, KL(q || p), which is TDPO's (arXiv 2404.11999, definition 4.3).
-        divergence_alpha: belongs to divergences of later versions; must be None.
+        divergence: what `kl` holds: `"forward_kl"`, KL(q || p), which is TDPO's (arXiv 2404.11999, definition 4.3);
+            `"reverse_kl"`, KL(p || q); `"js"`, (KL(q || m) + KL(p || m)) / 2 with m = (p + q) / 2; or `"alpha"`,
+            (sum of p^a q^(1-a) - 1) / (a (a - 1)). Forward reads each logit twice for the last two. Where one other than
+            KL(q || p) is infinite, its gradient is NaN.
+        divergence_alpha: a, a finite number, for `"alpha"`; 0 is KL(q || p), 1 is KL(p || q).
         extras: further `TokenStats` fields to fill: any of `"entropy"`, `"ref_entropy"`, `"accuracy"`, `"mean_logit"`,
             `"log_sum_sq_probs"`. From the same pass, without gradients.
         inplace_backward: let backward write the gradient over `policy_logits`, so that no second (..., V) tensor exists.
@@ -97,8 +101,9 @@ def token_stats(
         if check_labels:
             check_labels_in_range(labels, V, ignore_index)
         return token_stats_reference(
-            policy_logits, ref_logits, labels, ignore_index=ignore_index, temperature=temperature, vocab_size=V, extras=extras
-        )
+            policy_logits, ref_logits, labels, ignore_index=ignore_index, temperature=temperature, vocab_size=V,
+            divergence=divergence, divergence_alpha=divergence_alpha, extras=extras,
+        )  # fmt: skip
 
     if inplace_backward and any(
         size > 1 and stride == 0 for size, stride in zip(policy_logits.shape, policy_logits.stride(), strict=True)
@@ -119,6 +124,7 @@ def token_stats(
         check_labels,
         inplace_backward,
         name,
+        as_divergence(divergence, divergence_alpha),
     )
     return TokenStats(**dict(zip(names, stats, strict=True)))
 
@@ -246,9 +252,9 @@ def linear_token_stats(
         )
     name, _ = choose_backend(backend, policy_hidden.device.type, (inputs.dtype, inputs.ref_dtype or inputs.dtype))
     return linear_stats(
-        policy_hidden, ref_hidden, labels, inputs, ignore_index=ignore_index, temperature=temperature, extras=extras,
-        check_labels=check_labels, backend=name, max_chunk_bytes=max_chunk_bytes, logits_dtype=logits_dtype,
-        valid_rows=valid_rows,
+        policy_hidden, ref_hidden, labels, inputs, ignore_index=ignore_index, temperature=temperature,
+        divergence=as_divergence(divergence, divergence_alpha), extras=extras, check_labels=check_labels, backend=name,
+        max_chunk_bytes=max_chunk_bytes, logits_dtype=logits_dtype, valid_rows=valid_rows,
     )  # fmt: skip
 
 
@@ -265,6 +271,7 @@ def linear_stats(
     max_chunk_bytes: int | None,
     logits_dtype: torch.dtype | None,
     valid_rows: int | None,
+    divergence: Divergence,
     extras: Sequence[str] = (),
     kl_gradient: bool = True,
 ) -> TokenStats:
@@ -279,8 +286,8 @@ def linear_stats(
             stats = linear_token_stats_reference(
                 policy_hidden.to(inputs.dtype), _cast(policy, inputs.dtype),
                 None if ref_hidden is None else ref_hidden.to(inputs.ref_dtype), _cast(ref, inputs.ref_dtype), labels,
-                ignore_index=ignore_index, temperature=temperature, vocab_size=inputs.V, extras=extras,
-                logits_dtype=logits_dtype,
+                ignore_index=ignore_index, temperature=temperature, vocab_size=inputs.V, divergence=divergence.name,
+                divergence_alpha=divergence.alpha, extras=extras, logits_dtype=logits_dtype,
             )  # fmt: skip
         if valid_rows is not None:
             wrong = check_valid_rows((labels != ignore_index).sum(), valid_rows, ignore_index)
@@ -290,8 +297,8 @@ def linear_stats(
         return stats
     both = ref is not None and kl_gradient
     options = linear_options(
-        policy_hidden, inputs, ignore_index=ignore_index, temperature=temperature, backend=backend, logits_dtype=logits_dtype,
-        max_chunk_bytes=max_chunk_bytes, both=both,
+        policy_hidden, inputs, ignore_index=ignore_index, temperature=temperature, divergence=divergence, backend=backend,
+        logits_dtype=logits_dtype, max_chunk_bytes=max_chunk_bytes, both=both,
     )  # fmt: skip
     stats = LinearTokenStatsFunction.apply(
         policy_hidden.reshape(-1, policy_hidden.shape[-1]),
@@ -324,6 +331,7 @@ def linear_options(
     *,
     ignore_index: int,
     temperature: float,
+    divergence: Divergence,
     backend: str,
     max_chunk_bytes: int | None,
     logits_dtype: torch.dtype | None,
@@ -347,4 +355,6 @@ def linear_options(
         logits_dtype=logits_dtype,
         rows=rows_per_chunk(bytes_of_row, policy_hidden.shape[-1], trained, max_chunk_bytes),
         backend=backend,
+        divergence=divergence.name,
+        alpha=divergence.alpha,
     )

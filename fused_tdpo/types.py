@@ -38,6 +38,27 @@ REF_EXTRAS = ("ref_entropy",)
 """The extras that need a reference."""
 
 
+DIVERGENCES = ("forward_kl", "reverse_kl", "js", "alpha")
+"""What ``kl`` may hold."""
+
+
+class Divergence(NamedTuple):
+    """A divergence as kernels know it: ``alpha`` is neither 0 nor 1, whose limits have names, and 0 where there is none."""
+
+    name: str = "forward_kl"
+    alpha: float = 0.0
+
+    @property
+    def saved(self) -> int:
+        """Numbers of a row that backward needs: maximum and sum of exponentials of both models; for all but KL(q || p), whose
+        gradient is p - q, also what log p/q is counted from, and the mean that its gradient subtracts."""
+        return 4 if self.name == "forward_kl" else 6
+
+
+FORWARD_KL = Divergence()
+"""TDPO's."""
+
+
 class Engine(NamedTuple):
     """How a loss was computed from hidden states."""
 

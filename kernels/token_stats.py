@@ -7,6 +7,12 @@ its label. Three kernels, each reading a logit at most once:
     finish    the records of a row -> logp, ref_logp, kl, extras, and (m, s) of p, q  reads x[y], z[y]
     backward  (row, chunk) -> d_x = g_logp (e_y - p) + g_kl (p - q)                   reads x, z, writes d_x
 
+KL(p || q) is the same with the roles of x and z exchanged. Two more kernels make the divergences that need log p/q, and so both
+sums of exponentials, before they can start:
+
+    compare   (row, segment) -> sums of the divergence, and of its slope              reads x, z
+    settle    the sums of a row -> kl, and what backward subtracts
+
 How a row is cut is a function of V, the dtypes and its alignment alone, so a row's bits do not depend on its neighbours.
 Exponentials are base 2: m is the running maximum of x·scale with scale = log2(e)/τ, and s the sum of 2^(x·scale - m).
 
@@ -47,6 +53,13 @@ SQUARES: tl.constexpr = tl.constexpr(10)  # sum of 4^(x·scale - m_x)
 SUM_X: tl.constexpr = tl.constexpr(11)  # sum of x
 BEATEN: tl.constexpr = tl.constexpr(12)  # 1 if a column beats the label: a larger logit, or an equal one before it
 NUM_FIELDS = 13
+
+# Divergences, as the kernels are specialised for them
+FORWARD_KL: tl.constexpr = tl.constexpr(0)
+REVERSE_KL: tl.constexpr = tl.constexpr(1)
+JS: tl.constexpr = tl.constexpr(2)
+ALPHA: tl.constexpr = tl.constexpr(3)  # a <= 1/2
+ALPHA_ABOVE_HALF: tl.constexpr = tl.constexpr(4)
 
 
 # ------------------------------------------------------------------------------------------------------------ device helpers
@@ -168,7 +181,7 @@ def _pivot(x, z, x_label, z_label, scale, inv_temperature):
 def _fold_tile(
     state, x, z, group, limit, pivot, x_label, label_group, scale, inv_temperature,
     MASKED: tl.constexpr, ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, ACCURACY: tl.constexpr, MEAN_LOGIT: tl.constexpr,
-    SQUARE_SUM: tl.constexpr,
+    SQUARE_SUM: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Folds a (T, K·E) tile, column groups `group` (T, K), into `state`, the running sums of each thread: (T,) vectors."""
     m_x, s_x, m_z, s_z, b, a, far, h_x, h_z, squares, sum_x, beaten = state
@@ -206,13 +219,21 @@ def _fold_tile(
             h_z = (h_z + (m_z_old - m_z) * s_z) * r_z + tl.sum(e_z * tl.maximum(log_z, LOWEST), axis=1)
         s_z = s_z * r_z + tl.sum(e_z, axis=1)
         # q = 0: any finite t in the far range. x - z is NaN where both are -inf, and p's mass there must count as far.
-        t = tl.where(e_z > 0, (x - z) * inv_temperature - pivot, 1.0)
+        if REVERSE:
+            t = tl.where(e_x > 0, (z - x) * inv_temperature - pivot, 1.0)
+        else:
+            t = tl.where(e_z > 0, (x - z) * inv_temperature - pivot, 1.0)
+        w = e_x if REVERSE else e_z
+        r_w = r_x if REVERSE else r_z
         near = tl.abs(t) < 0.125
         # (e^t - 1 - t)/t² on the near range, minimax: relative error 1e-7
         ratio = ((t * 0.00833426 + 0.04168793) * t + 0.16666669) * t + 0.49999997
-        a = _rescaled(a, r_z) + tl.sum(e_z * tl.where(near, t * (t * ratio), -1.0 - t), axis=1)
-        b = _rescaled(b, r_z) + tl.sum(e_z * t, axis=1)
-        far = far * r_x + tl.sum(tl.where(near, 0.0, e_x), axis=1)
+        a = _rescaled(a, r_w) + tl.sum(w * tl.where(near, t * (t * ratio), -1.0 - t), axis=1)
+        b = _rescaled(b, r_w) + tl.sum(w * t, axis=1)
+        if REVERSE:
+            far = far * r_z + tl.sum(tl.where(near, 0.0, e_z), axis=1)
+        else:
+            far = far * r_x + tl.sum(tl.where(near, 0.0, e_x), axis=1)
     return m_x, s_x, m_z, s_z, b, a, far, h_x, h_z, squares, sum_x, beaten
 
 
@@ -221,7 +242,7 @@ def _fold_columns(
     state, policy_row, ref_row, group, limit, pivot, x_label, label_group, scale, inv_temperature, policy_cap, ref_cap,
     E: tl.constexpr, WIDE: tl.constexpr,
     MASKED: tl.constexpr, ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, ACCURACY: tl.constexpr, MEAN_LOGIT: tl.constexpr,
-    SQUARE_SUM: tl.constexpr,
+    SQUARE_SUM: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Loads the tile of column groups `group` (K, T, 1) and folds it."""
     x = _by_thread(_load(policy_row, group, limit, policy_cap, E, WIDE, MASKED))
@@ -229,12 +250,12 @@ def _fold_columns(
     if ref_row is not None:
         z = _by_thread(_load(ref_row, group, limit, ref_cap, E, WIDE, MASKED))
     return _fold_tile(state, x, z, _by_thread(group), limit, pivot, x_label, label_group, scale, inv_temperature,
-                      MASKED, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM)  # fmt: skip
+                      MASKED, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM, REVERSE)  # fmt: skip
 
 
 @triton.jit
-def _expm1_minus_id(h):
-    """e^h - 1 - h without cancellation."""
+def _expm1_minus_id_near(h):
+    """e^h - 1 - h for |h| < 1/2."""
     poly = 1.0 / 40320
     poly = poly * h + 1.0 / 5040
     poly = poly * h + 1.0 / 720
@@ -242,7 +263,74 @@ def _expm1_minus_id(h):
     poly = poly * h + 1.0 / 24
     poly = poly * h + 1.0 / 6
     poly = poly * h + 0.5
-    return tl.where(tl.abs(h) < 0.5, h * h * poly, tl.exp(h) - 1.0 - h)
+    return h * h * poly
+
+
+@triton.jit
+def _expm1_minus_id(h):
+    """e^h - 1 - h without cancellation."""
+    return tl.where(tl.abs(h) < 0.5, _expm1_minus_id_near(h), tl.exp(h) - 1.0 - h)
+
+
+@triton.jit
+def _expm1(h):
+    """e^h - 1 without cancellation."""
+    return tl.where(tl.abs(h) < 0.5, h + _expm1_minus_id_near(h), tl.exp2(h * LOG2E) - 1.0)
+
+
+@triton.jit
+def _power_less_one(w, log2_w, h):
+    """w·(e^h - 1), 0 where w = 0; neither cancels nor overflows before its result does."""
+    return tl.where(w == 0, 0.0, tl.where(h < 1.0, w * _expm1(h), tl.exp2(log2_w + h * LOG2E) - w))
+
+
+@triton.jit
+def _compared(x, z, scale, inv_temperature, m_x, inv_s_x, m_z, inv_s_z, shift):
+    """(t, p, q): t = (x - z)/τ - shift, 0 where neither has the column."""
+    p = tl.exp2(x * scale - m_x) * inv_s_x
+    q = tl.exp2(z * scale - m_z) * inv_s_z
+    return tl.where(p + q == 0, 0.0, (x - z) * inv_temperature - shift), p, q
+
+
+@triton.jit
+def _js_terms(t, p, q):
+    """(m·(u·tanh u - log cosh u), p/2·log(p/m)) with m = (p + q)/2, u = t/2: both in one series of u² where |t| < 1/2."""
+    u = 0.5 * t
+    v = u * u
+    h = v * (0.5 + v * (-0.25 + v * (1.0 / 9 + v * (-17.0 / 360 + v * (31.0 / 1575)))))
+    log_cosh = v * (0.5 + v * (-1.0 / 12 + v * (1.0 / 45 + v * (-17.0 / 2520 + v * (31.0 / 14175)))))
+    gap = tl.minimum(tl.abs(t), 100.0)
+    r = tl.exp2(-gap * LOG2E)
+    log_bigger = LN2 - LN2 * tl.log2(1.0 + r)
+    near = tl.abs(t) < 0.5
+    value = 0.5 * (p + q) * tl.where(near, h, log_bigger - gap * (r / (1.0 + r)))
+    slope = tl.where(p == 0, 0.0, p * (0.5 * tl.where(near, u - log_cosh, log_bigger - tl.where(t < 0, gap, 0.0))))
+    return value, slope
+
+
+@triton.jit
+def _alpha_value(t, p, q, log2_w, alpha, ABOVE_HALF: tl.constexpr):
+    """[p - q - (p^a q^(1-a) - q)/a]/(1 - a); for a > 1/2 with p, q and a, 1 - a exchanged. `log2_w` is of what is q here."""
+    if ABOVE_HALF:
+        t = -t
+    w = p if ABOVE_HALF else q
+    other = q if ABOVE_HALF else p
+    a = 1.0 - alpha if ABOVE_HALF else alpha
+    near = (tl.abs(t) < 0.5) & (tl.abs(a * t) < 0.5)
+    small = w * (_expm1_minus_id_near(t) - _expm1_minus_id_near(a * t) / a)
+    gap = tl.where((t < 1.0) & (w != 0), w * _expm1(t), other - w)
+    return tl.where(near, small, gap - _power_less_one(w, log2_w, a * t) / a) / (1.0 - a)
+
+
+@triton.jit
+def _alpha_slope(t, p, q, log2_w, alpha, ABOVE_HALF: tl.constexpr):
+    """(p^a q^(1-a) - p)/(a - 1). `log2_w` is of p for a > 1/2, else of q."""
+    if ABOVE_HALF:
+        powers = _power_less_one(p, log2_w, (alpha - 1.0) * t)
+    else:
+        far = _power_less_one(q, log2_w, alpha * t) + (q - p)
+        powers = tl.where(tl.abs(t) < 1.0, p * _expm1((alpha - 1.0) * t), far)
+    return powers / (alpha - 1.0)
 
 
 @triton.jit
@@ -278,7 +366,7 @@ def token_stats_fold_kernel(
     scale, inv_temperature, policy_cap, ref_cap, ignore_index: tl.int64,
     K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr,
     ENTROPY: tl.constexpr, REF_ENTROPY: tl.constexpr, ACCURACY: tl.constexpr, MEAN_LOGIT: tl.constexpr,
-    SQUARE_SUM: tl.constexpr,
+    SQUARE_SUM: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """One program folds one segment of one row. Reads 1 x and 1 z per column; an ignored row reads nothing but its label."""
     TILE: tl.constexpr = K * T * E
@@ -303,24 +391,28 @@ def token_stats_fold_kernel(
     if ref_ptr is not None:
         ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, WIDE, E)
         z = _by_thread(_load(ref_row, group, limit, ref_cap, E, WIDE, MASKED=True))
-        pivot = _pivot(x, z, x_label, _load_label_logit(ref_row, label, V, ref_cap), scale, inv_temperature)
+        z_label = _load_label_logit(ref_row, label, V, ref_cap)
+        if REVERSE:
+            pivot = _pivot(z, x, z_label, x_label, scale, inv_temperature)
+        else:
+            pivot = _pivot(x, z, x_label, z_label, scale, inv_temperature)
 
     lowest = tl.full([T], LOWEST, tl.float32)
     zero = tl.zeros([T], tl.float32)
     state = (lowest, zero, lowest, zero, zero, zero, zero, zero, zero, zero, zero, zero)
     state = _fold_tile(state, x, z, _by_thread(group), limit, pivot, x_label, label_group, scale, inv_temperature,
-                       True, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM)  # fmt: skip
+                       True, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM, REVERSE)  # fmt: skip
 
     full = (limit - start) // TILE
     for i in range(1, full):
         state = _fold_columns(
             state, policy_row, ref_row, group + i * (K * T), limit, pivot, x_label, label_group, scale, inv_temperature,
-            policy_cap, ref_cap, E, WIDE, False, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM,
+            policy_cap, ref_cap, E, WIDE, False, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM, REVERSE,
         )  # fmt: skip
     if (full > 0) & (start + full * TILE < limit):
         state = _fold_columns(
             state, policy_row, ref_row, group + full * (K * T), limit, pivot, x_label, label_group, scale, inv_temperature,
-            policy_cap, ref_cap, E, WIDE, True, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM,
+            policy_cap, ref_cap, E, WIDE, True, ENTROPY, REF_ENTROPY, ACCURACY, MEAN_LOGIT, SQUARE_SUM, REVERSE,
         )  # fmt: skip
 
     # Merge the threads, once.
@@ -347,9 +439,10 @@ def token_stats_fold_kernel(
         tl.store(record_ptr + M_Z * field_stride, top_z)
         tl.store(record_ptr + S_Z * field_stride, tl.sum(s_z * r_z, axis=0))
         tl.store(record_ptr + PIVOT * field_stride, pivot)
-        tl.store(record_ptr + B * field_stride, tl.sum(_rescaled(b, r_z), axis=0))
-        tl.store(record_ptr + A * field_stride, tl.sum(_rescaled(a, r_z), axis=0))
-        tl.store(record_ptr + FAR * field_stride, tl.sum(far * r_x, axis=0))
+        r_w = r_x if REVERSE else r_z
+        tl.store(record_ptr + B * field_stride, tl.sum(_rescaled(b, r_w), axis=0))
+        tl.store(record_ptr + A * field_stride, tl.sum(_rescaled(a, r_w), axis=0))
+        tl.store(record_ptr + FAR * field_stride, tl.sum(far * (r_z if REVERSE else r_x), axis=0))
         if REF_ENTROPY:
             tl.store(record_ptr + H_Z * field_stride, tl.sum((h_z + (m_z - top_z) * s_z) * r_z, axis=0))
 
@@ -363,7 +456,8 @@ def token_stats_fold_kernel(
 )  # fmt: skip
 def token_stats_finish_kernel(
     policy_ptr, ref_ptr, label_ptr, record_ptr,                      # in   as in fold, (NUM_FIELDS, N, segments)
-    saved_ptr,                                                       # out  (4, N): m_x, s_x, m_z, s_z, kept for backward
+    saved_ptr,                                                       # out  (4, N): m_x, s_x, m_z, s_z, kept for backward, or
+                                                                     #      (6, N) with the shift of (x - z)/τ and a mean
     logp_ptr, ref_logp_ptr, kl_ptr,                                  # out  (N,) float32; a None is not wanted
     entropy_ptr, ref_entropy_ptr, accuracy_ptr, mean_logit_ptr, log_sum_sq_probs_ptr,
     policy_outer: tl.int64, policy_inner: tl.int64,                  # row strides in elements
@@ -371,7 +465,7 @@ def token_stats_finish_kernel(
     field_stride: tl.int64,
     N, inner, segments, V,
     scale, inv_temperature, policy_cap, ref_cap, ignore_index: tl.int64,
-    ROWS: tl.constexpr, SEGMENTS: tl.constexpr,
+    ROWS: tl.constexpr, SEGMENTS: tl.constexpr, DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
     """One program merges the records of ROWS rows, in index order, and writes every output."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -428,29 +522,46 @@ def token_stats_finish_kernel(
         tl.store(saved_ptr + 2 * N + row, tl.where(active, top_z, 0.0), mask=inside)
         tl.store(saved_ptr + 3 * N + row, tl.where(active, sum_exp_z, 0.0), mask=inside)
 
-        # Move every segment's sums from its own pivot to C = E_q[(x - z)/τ] of the row (docs/math.md, "Merging").
+        # Move every segment's sums from its own pivot to C = E_q[(x - z)/τ] of the row (docs/math.md, "Merging"), of KL(p || q)
+        # to E_p[(z - x)/τ]: w is the distribution under which means are taken, v the other one.
+        REVERSE: tl.constexpr = DIVERGENCE == REVERSE_KL
+        r_w = r_x if REVERSE else r_z
+        r_v = r_z if REVERSE else r_x
+        s_w = s_x * r_x if REVERSE else s_z
+        sum_exp_w = sum_exp_x if REVERSE else sum_exp_z
+        gap = top_z - top_x if REVERSE else top_x - top_z
+        log2_gap = log2_sum_z - log2_sum_x if REVERSE else log2_sum_x - log2_sum_z
         pivot = tl.load(cell + PIVOT * field_stride, mask=live, other=0.0)
-        b = _rescaled(tl.load(cell + B * field_stride, mask=live, other=0.0), r_z)
-        a = _rescaled(tl.load(cell + A * field_stride, mask=live, other=0.0), r_z)
-        far = tl.sum(tl.load(cell + FAR * field_stride, mask=live, other=0.0) * r_x, axis=1)
+        b = _rescaled(tl.load(cell + B * field_stride, mask=live, other=0.0), r_w)
+        a = _rescaled(tl.load(cell + A * field_stride, mask=live, other=0.0), r_w)
+        far = tl.sum(tl.load(cell + FAR * field_stride, mask=live, other=0.0) * r_v, axis=1)
         # C is c + offset, with c a pivot of the row: a large common shift of the logits is in c, and is never rounded again.
         c = tl.sum(tl.where(s == 0, pivot, 0.0), axis=1)
         pivot -= c[:, None]
-        offset = tl.sum(b + pivot * s_z, axis=1) / sum_exp_z
+        offset = tl.sum(b + pivot * s_w, axis=1) / sum_exp_w
         h = pivot - offset[:, None]
         phi = _expm1_minus_id(h)
-        a = tl.where(r_z > 0, (1.0 + h + phi) * a + (h + phi) * b + phi * s_z, 0.0)
-        far = tl.where(far > 0, far * tl.exp2(top_x - top_z - (c + offset) * LOG2E), 0.0)
-        a = (tl.sum(a, axis=1) + far) / sum_exp_z
-        b = tl.sum(tl.where(r_z > 0, b + h * s_z, 0.0), axis=1) / sum_exp_z
+        a = tl.where(r_w > 0, (1.0 + h + phi) * a + (h + phi) * b + phi * s_w, 0.0)
+        far = tl.where(far > 0, far * tl.exp2(gap - (c + offset) * LOG2E), 0.0)
+        a = (tl.sum(a, axis=1) + far) / sum_exp_w
+        b = tl.sum(tl.where(r_w > 0, b + h * s_w, 0.0), axis=1) / sum_exp_w
         u = a + b
         # A pivot far above C (its sample held next to no q) makes large terms cancel in `a`; φ(h) tells how large.
-        moved = tl.sum(tl.where(s_z > 0, phi * s_z, 0.0), axis=1) / sum_exp_z
-        plain = (LN2 * ((top_x - top_z) + (log2_sum_x - log2_sum_z)) - c) - offset
+        moved = tl.sum(tl.where(s_w > 0, phi * s_w, 0.0), axis=1) / sum_exp_w
+        plain = (LN2 * (gap + log2_gap) - c) - offset
         # the plain form where the other is large, infinite, overflown or cancelled
         kl = tl.where((u > -0.5) & (u < 1.0) & (moved < 0.125), a - _id_minus_log1p(u), plain)
-        kl = tl.where(labelled, tl.where(kl < 0, 0.0, kl), float("nan"))
-        tl.store(kl_ptr + row, tl.where(active, kl, 0.0), mask=inside)
+        kl = tl.where(kl < 0, 0.0, kl)
+        infinite = kl == float("inf")
+        if DIVERGENCE == REVERSE_KL:
+            tl.store(saved_ptr + 4 * N + row, tl.where(active, -(c + offset), 0.0), mask=inside)
+            tl.store(saved_ptr + 5 * N + row, tl.where(active & infinite, float("nan"), 0.0), mask=inside)
+        elif DIVERGENCE != FORWARD_KL:
+            shift = tl.where(infinite, LN2 * (gap + log2_gap), (c + offset) + kl)
+            tl.store(saved_ptr + 4 * N + row, tl.where(active, shift, 0.0), mask=inside)
+        if (DIVERGENCE == FORWARD_KL) | (DIVERGENCE == REVERSE_KL):
+            kl = tl.where(labelled, kl, float("nan"))
+            tl.store(kl_ptr + row, tl.where(active, kl, 0.0), mask=inside)
         if ref_entropy_ptr is not None:
             h_z = tl.load(cell + H_Z * field_stride, mask=live, other=0.0)
             mean = tl.sum(h_z * r_z + (m_z - top_z[:, None]) * s_z, axis=1) / sum_exp_z
@@ -458,12 +569,106 @@ def token_stats_finish_kernel(
 
 
 @triton.jit
+def _compare_tile(
+    sums, policy_row, ref_row, group, limit, scale, inv_temperature, policy_cap, ref_cap, m_x, inv_s_x, m_z, inv_s_z, shift,
+    alpha, E: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, DIVERGENCE: tl.constexpr,
+):  # fmt: skip
+    """Adds the columns in `group` (K, T, 1) to the sums of each thread, (T,) vectors, of the divergence and of its slope."""
+    value, slope = sums
+    x = _load(policy_row, group, limit, policy_cap, E, WIDE, MASKED)
+    z = _load(ref_row, group, limit, ref_cap, E, WIDE, MASKED)
+    t, p, q = _compared(x, z, scale, inv_temperature, m_x, inv_s_x, m_z, inv_s_z, shift)
+    if DIVERGENCE == JS:
+        more, pull = _js_terms(t, p, q)
+        slope += tl.sum(_by_thread(pull), axis=1)
+    elif DIVERGENCE == ALPHA:
+        more = _alpha_value(t, p, q, z * scale - m_z + tl.log2(inv_s_z), alpha, ABOVE_HALF=False)
+    else:
+        more = _alpha_value(t, p, q, x * scale - m_x + tl.log2(inv_s_x), alpha, ABOVE_HALF=True)
+    return value + tl.sum(_by_thread(more), axis=1), slope
+
+
+@triton.jit(
+    do_not_specialize=["N", "inner", "segments", "segment", "V", "scale", "inv_temperature", "policy_cap", "ref_cap", "alpha",
+                       "ignore_index", "field_stride", "policy_outer", "policy_inner", "ref_outer", "ref_inner"],
+    do_not_specialize_on_alignment=["policy_ptr", "ref_ptr", "label_ptr", "record_ptr", "saved_ptr"],
+)  # fmt: skip
+def token_stats_compare_kernel(
+    policy_ptr, ref_ptr, label_ptr, saved_ptr,                       # in   as in fold, (6, N)
+    record_ptr,                                                      # out  its fields A, the divergence, and B, its slope
+    policy_outer: tl.int64, policy_inner: tl.int64,                  # row strides in groups of E columns
+    ref_outer: tl.int64, ref_inner: tl.int64,
+    field_stride: tl.int64,
+    N, inner, segments, segment, V,
+    scale, inv_temperature, policy_cap, ref_cap, alpha, ignore_index: tl.int64,
+    K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr, DIVERGENCE: tl.constexpr,
+):  # fmt: skip
+    """One program sums one segment of one row, whose log p/q is known by now. Reads 1 x and 1 z per column."""
+    pid = tl.program_id(0)
+    row = pid // segments
+    label = tl.load(label_ptr + row)
+    if label == ignore_index:
+        return
+    policy_row = _row(policy_ptr, row, inner, policy_outer, policy_inner, WIDE, E)
+    ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, WIDE, E)
+    m_x, m_z = tl.load(saved_ptr + row), tl.load(saved_ptr + 2 * N + row)
+    inv_s_x, inv_s_z = 1.0 / tl.load(saved_ptr + N + row), 1.0 / tl.load(saved_ptr + 3 * N + row)
+    shift = tl.load(saved_ptr + 4 * N + row)
+    start = (pid % segments) * segment
+    limit = tl.minimum(start + segment, V)
+    group = start // E + tl.arange(0, K)[:, None, None] * T + tl.arange(0, T)[None, :, None]
+    sums = (tl.zeros([T], tl.float32), tl.zeros([T], tl.float32))
+    full = (limit - start) // (K * T * E)
+    for i in range(0, full):
+        sums = _compare_tile(sums, policy_row, ref_row, group + i * (K * T), limit, scale, inv_temperature, policy_cap, ref_cap,
+                             m_x, inv_s_x, m_z, inv_s_z, shift, alpha, E, WIDE, False, DIVERGENCE)  # fmt: skip
+    if start + full * (K * T * E) < limit:
+        sums = _compare_tile(sums, policy_row, ref_row, group + full * (K * T), limit, scale, inv_temperature, policy_cap,
+                             ref_cap, m_x, inv_s_x, m_z, inv_s_z, shift, alpha, E, WIDE, True, DIVERGENCE)  # fmt: skip
+    value, slope = sums
+    tl.store(record_ptr + A * field_stride + pid, tl.sum(value, axis=0))
+    tl.store(record_ptr + B * field_stride + pid, tl.sum(slope, axis=0))
+
+
+@triton.jit(
+    do_not_specialize=["N", "segments", "V", "alpha", "ignore_index", "field_stride"],
+    do_not_specialize_on_alignment=["policy_ptr", "label_ptr", "record_ptr", "saved_ptr", "kl_ptr"],
+)
+def token_stats_settle_kernel(
+    policy_ptr, label_ptr, record_ptr,                               # in   policy: of the launcher's device
+    saved_ptr, kl_ptr,                                               # out  row 5 of (6, N), (N,)
+    field_stride: tl.int64,
+    N, segments, V, alpha, ignore_index: tl.int64,
+    ROWS: tl.constexpr, SEGMENTS: tl.constexpr, DIVERGENCE: tl.constexpr,
+):  # fmt: skip
+    """One program adds the sums of ROWS rows, in index order: the divergence, and the mean that its gradient subtracts."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < N
+    label = tl.load(label_ptr + row, mask=inside, other=0)
+    active = inside & (label != ignore_index)
+    s = tl.arange(0, SEGMENTS)[None, :]
+    cell = record_ptr + row[:, None].to(tl.int64) * segments + s
+    live = active[:, None] & (s < segments)
+    kl = tl.sum(tl.load(cell + A * field_stride, mask=live, other=0.0), axis=1)
+    kl = tl.where(kl < 0, 0.0, kl)
+    if DIVERGENCE == JS:
+        kl = tl.where(kl > LN2, LN2, kl)
+        mean = tl.sum(tl.load(cell + B * field_stride, mask=live, other=0.0), axis=1)
+    else:
+        mean = tl.where(kl == float("inf"), float("nan"), alpha * kl)
+    tl.store(saved_ptr + 5 * N + row, tl.where(active, mean, 0.0), mask=inside)
+    kl = tl.where((label >= 0) & (label < V), kl, float("nan"))
+    tl.store(kl_ptr + row, tl.where(active, kl, 0.0), mask=inside)
+
+
+@triton.jit
 def _gradient_tile(
-    d_row, policy_row, ref_row, group, limit, stop, label, g_label, c_p, c_q, m_x, m_z, scale, policy_cap, ref_cap,
-    E: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    d_row, policy_row, ref_row, group, limit, stop, label, g_label, c_p, c_q, m_x, m_z, scale, policy_cap, ref_cap, compared,
+    E: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
     """Writes g_label·e_y + c_p·2^(x·scale - m_x) + c_q·2^(z·scale - m_z) of the columns in `group` (K, T, 1), up to `stop`;
-    with a cap, x and z are capped, and all of it is times the slope of x.
+    with a cap, x and z are capped, and all of it is times the slope of x. Of other divergences than KL(q || p), the last term
+    is c_q·(slope - p·mean), and `compared` what it takes.
 
     A row that is None contributes 0, and so do columns from `limit` on.
     """
@@ -475,7 +680,21 @@ def _gradient_tile(
             x, slope = _softcap(x, policy_cap)
         d_x = c_p * tl.exp2(x * scale - m_x)
         if ref_row is not None:
-            d_x += c_q * tl.exp2(_load(ref_row, group, limit, ref_cap, E, WIDE, MASKED) * scale - m_z)
+            z = _load(ref_row, group, limit, ref_cap, E, WIDE, MASKED)
+            if DIVERGENCE == FORWARD_KL:
+                d_x += c_q * tl.exp2(z * scale - m_z)
+            else:
+                inv_temperature, inv_s_x, inv_s_z, shift, mean, alpha = compared
+                t, p, q = _compared(x, z, scale, inv_temperature, m_x, inv_s_x, m_z, inv_s_z, shift)
+                if DIVERGENCE == REVERSE_KL:
+                    pull = tl.where(p == 0, 0.0, p * t)
+                elif DIVERGENCE == JS:
+                    _, pull = _js_terms(t, p, q)
+                elif DIVERGENCE == ALPHA:
+                    pull = _alpha_slope(t, p, q, z * scale - m_z + tl.log2(inv_s_z), alpha, ABOVE_HALF=False)
+                else:
+                    pull = _alpha_slope(t, p, q, x * scale - m_x + tl.log2(inv_s_x), alpha, ABOVE_HALF=True)
+                d_x += c_q * (pull - p * mean)
         d_x = tl.where(label - group * E == lane, d_x + g_label, d_x)
         if policy_cap is not None:
             d_x *= slope
@@ -491,22 +710,22 @@ def _gradient_tile(
 
 @triton.jit
 def _gradient_columns(
-    d_row, policy_row, ref_row, start, stop, V, label, g_label, c_p, c_q, m_x, m_z, scale, policy_cap, ref_cap,
-    K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr,
+    d_row, policy_row, ref_row, start, stop, V, label, g_label, c_p, c_q, m_x, m_z, scale, policy_cap, ref_cap, compared,
+    K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr, DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of columns [start, stop), zeros from V on."""
     group = start // E + tl.arange(0, K)[:, None, None] * T + tl.arange(0, T)[None, :, None]
     full = tl.maximum(tl.minimum(stop, V) - start, 0) // (K * T * E)
     for i in range(0, full):
         _gradient_tile(d_row, policy_row, ref_row, group + i * (K * T), V, stop, label, g_label, c_p, c_q, m_x, m_z, scale,
-                       policy_cap, ref_cap, E, WIDE, MASKED=False)  # fmt: skip
+                       policy_cap, ref_cap, compared, E, WIDE, MASKED=False, DIVERGENCE=DIVERGENCE)  # fmt: skip
     for i in range(full, tl.cdiv(stop - start, K * T * E)):
         _gradient_tile(d_row, policy_row, ref_row, group + i * (K * T), V, stop, label, g_label, c_p, c_q, m_x, m_z, scale,
-                       policy_cap, ref_cap, E, WIDE, MASKED=True)  # fmt: skip
+                       policy_cap, ref_cap, compared, E, WIDE, MASKED=True, DIVERGENCE=DIVERGENCE)  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=["N", "inner", "chunks", "chunk", "V", "W", "scale", "inv_temperature", "policy_cap", "ref_cap",
+    do_not_specialize=["N", "inner", "chunks", "chunk", "V", "W", "scale", "inv_temperature", "policy_cap", "ref_cap", "alpha",
                        "ignore_index", "policy_outer", "policy_inner", "ref_outer", "ref_inner", "d_outer", "d_inner"],
     do_not_specialize_on_alignment=["policy_ptr", "ref_ptr", "label_ptr", "saved_ptr", "g_logp_ptr", "g_kl_ptr",
                                     "d_policy_ptr"],
@@ -519,14 +738,14 @@ def token_stats_bwd_kernel(
     ref_outer: tl.int64, ref_inner: tl.int64,
     d_outer: tl.int64, d_inner: tl.int64,
     N, inner, chunks, chunk, V, W,                                   # sizes; columns [V, W) get a zero gradient
-    scale, inv_temperature, policy_cap, ref_cap, ignore_index: tl.int64,
-    K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr,
+    scale, inv_temperature, policy_cap, ref_cap, alpha, ignore_index: tl.int64,
+    K: tl.constexpr, T: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr, DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
     """One program writes one chunk of one row's gradient: reads 1 x and 1 z, writes 1 d_x per column.
 
     With p = 2^(x·scale - m_x) / s_x and q alike: d_x = (g_logp·e_y + (g_kl - g_logp)·p - g_kl·q) / τ. An element is read and
     written by the same thread, so writing over the policy logits is safe. Ignored rows are written without being read, and rows
-    with g_kl = 0 (DPO, and the chosen rows of TDPO2) do not read the reference.
+    with g_kl = 0 (DPO, and the chosen rows of TDPO2) do not read the reference. For p - q stands the divergence's gradient.
     """
     pid = tl.program_id(0)
     row = pid // chunks
@@ -536,7 +755,8 @@ def token_stats_bwd_kernel(
 
     label = tl.load(label_ptr + row)
     if label == ignore_index:
-        _gradient_columns(d_row, None, None, start, stop, W, -1, 0.0, 0.0, 0.0, 0.0, 0.0, scale, None, None, K, T, E, WIDE)
+        _gradient_columns(d_row, None, None, start, stop, W, -1, 0.0, 0.0, 0.0, 0.0, 0.0, scale, None, None, None,
+                          K, T, E, WIDE, FORWARD_KL)  # fmt: skip
         return
 
     labelled = (label >= 0) & (label < V)
@@ -549,21 +769,31 @@ def token_stats_bwd_kernel(
     m_x = tl.load(saved_ptr + row)
     if ref_ptr is None or g_kl_ptr is None:
         _gradient_columns(
-            d_row, policy_row, None, start, stop, V, label, g_label, c_p, 0.0, m_x, 0.0, scale, policy_cap, None, K, T, E, WIDE
-        )
+            d_row, policy_row, None, start, stop, V, label, g_label, c_p, 0.0, m_x, 0.0, scale, policy_cap, None, None,
+            K, T, E, WIDE, FORWARD_KL,
+        )  # fmt: skip
     else:
         if g_kl == 0:
             _gradient_columns(
-                d_row, policy_row, None, start, stop, V, label, g_label, c_p, 0.0, m_x, 0.0, scale, policy_cap, None,
-                K, T, E, WIDE,
+                d_row, policy_row, None, start, stop, V, label, g_label, c_p, 0.0, m_x, 0.0, scale, policy_cap, None, None,
+                K, T, E, WIDE, FORWARD_KL,
             )  # fmt: skip
         else:
             ref_row = _row(ref_ptr, row, inner, ref_outer, ref_inner, WIDE, E)
             m_z = tl.load(saved_ptr + 2 * N + row)
-            c_q = -g_kl * inv_temperature / tl.load(saved_ptr + 3 * N + row)
+            s_z = tl.load(saved_ptr + 3 * N + row)
+            compared = None
+            if DIVERGENCE == FORWARD_KL:
+                c_q = -g_kl * inv_temperature / s_z
+            else:
+                s_x = tl.load(saved_ptr + N + row)
+                c_p = tl.where(labelled, -g_label / s_x, float("nan"))
+                c_q = g_kl * inv_temperature
+                shift, mean = tl.load(saved_ptr + 4 * N + row), tl.load(saved_ptr + 5 * N + row)
+                compared = (inv_temperature, 1.0 / s_x, 1.0 / s_z, shift, mean, alpha)
             _gradient_columns(
                 d_row, policy_row, ref_row, start, stop, V, label, g_label, c_p, c_q, m_x, m_z, scale, policy_cap, ref_cap,
-                K, T, E, WIDE,
+                compared, K, T, E, WIDE, DIVERGENCE,
             )  # fmt: skip
 
 
@@ -667,6 +897,8 @@ def is_wide(V: int, *logits: Tensor | None) -> bool:
 # ----------------------------------------------------------------------------------------------------------------- launchers
 
 Softcaps = tuple[float | None, float | None]
+Divergence = tuple[str, float]
+"""Name and α (fused_tdpo/types.py)."""
 
 empty = torch.empty
 """Every fresh tensor of a launcher comes from here, so that tests can hand out memory full of NaN."""
@@ -698,6 +930,14 @@ def _scales(temperature: float) -> dict[str, float]:
     return {"scale": LOG2E.value / temperature, "inv_temperature": 1.0 / temperature}
 
 
+def _kind(divergence: Divergence) -> int:
+    """Which constant of the kernels a divergence is."""
+    name, alpha = divergence
+    if name == "alpha":
+        return (ALPHA if alpha <= 0.5 else ALPHA_ABOVE_HALF).value
+    return {"forward_kl": FORWARD_KL, "reverse_kl": REVERSE_KL, "js": JS}[name].value
+
+
 def _caps(softcaps: Softcaps, ref: Tensor | None) -> dict[str, float | None]:
     return {"policy_cap": softcaps[0], "ref_cap": None if ref is None else softcaps[1]}
 
@@ -712,8 +952,9 @@ def token_stats_fwd(
     temperature: float,
     extras: tuple[str, ...],
     softcaps: Softcaps = (None, None),
+    divergence: Divergence = ("forward_kl", 0.0),
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Launches fold and finish.
+    """Launches fold and finish, and for divergences that take a second pass compare and settle.
 
     Args:
         policy: (outer, inner, >= V) logits, columns contiguous, any row strides. ref: the same or None.
@@ -721,7 +962,8 @@ def token_stats_fwd(
         softcaps: of policy and reference, whose logits are raw products x where it is a number: they count as cap·tanh(x/cap).
 
     Returns:
-        the statistics by name, each (N,) float32, and `saved` (4, N) float32 for backward: m_x, s_x, m_z, s_z.
+        the statistics by name, each (N,) float32, and `saved` (4, N) float32 for backward: m_x, s_x, m_z, s_z; for divergences
+        other than KL(q || p) (6, N), with the shift of (x - z)/τ and the mean that the gradient subtracts.
     """
     N, inner = labels.numel(), policy.shape[1]
     wide = is_wide(V, policy, ref)
@@ -732,7 +974,8 @@ def token_stats_fwd(
 
     names = ["logp", *(["ref_logp", "kl"] if ref is not None else []), *extras]
     out = {name: empty(N, dtype=torch.float32, device=device) for name in names}
-    saved = empty((4, N), dtype=torch.float32, device=device)
+    kind = _kind(divergence) if ref is not None else FORWARD_KL.value
+    saved = empty((4 if divergence[0] == "forward_kl" else 6, N), dtype=torch.float32, device=device)
     record = empty((NUM_FIELDS, N, segments), dtype=torch.float32, device=device)
     common = {
         "policy_ptr": policy, "ref_ptr": ref, "label_ptr": labels, "record_ptr": record, "field_stride": N * segments,
@@ -743,7 +986,7 @@ def token_stats_fwd(
         **_strides("policy", policy, tile), **_strides("ref", ref, tile), segment=segment,
         K=tile.K, T=tile.T, E=tile.E, WIDE=tile.WIDE,
         ENTROPY="entropy" in out, REF_ENTROPY="ref_entropy" in out, ACCURACY="accuracy" in out, MEAN_LOGIT="mean_logit" in out,
-        SQUARE_SUM="log_sum_sq_probs" in out, num_warps=tile.num_warps,
+        SQUARE_SUM="log_sum_sq_probs" in out, REVERSE=kind == REVERSE_KL.value, num_warps=tile.num_warps,
         maxnreg=ample_registers(bool(extras)) if any(caps.values()) else fold_registers(tile, bool(extras)),
     )  # fmt: skip
     _launch(
@@ -751,14 +994,29 @@ def token_stats_fwd(
         **_strides("policy", policy), **_strides("ref", ref), saved_ptr=saved, N=N,
         logp_ptr=out["logp"], ref_logp_ptr=out.get("ref_logp"), kl_ptr=out.get("kl"), entropy_ptr=out.get("entropy"),
         ref_entropy_ptr=out.get("ref_entropy"), accuracy_ptr=out.get("accuracy"), mean_logit_ptr=out.get("mean_logit"),
-        log_sum_sq_probs_ptr=out.get("log_sum_sq_probs"), ROWS=FINISH_ROWS, SEGMENTS=MAX_SEGMENTS, num_warps=4, maxnreg=None,
+        log_sum_sq_probs_ptr=out.get("log_sum_sq_probs"), ROWS=FINISH_ROWS, SEGMENTS=MAX_SEGMENTS, DIVERGENCE=kind,
+        num_warps=4, maxnreg=None,
     )  # fmt: skip
+    if kind in (JS.value, ALPHA.value, ALPHA_ABOVE_HALF.value):
+        _launch(
+            token_stats_compare_kernel, N * segments, **common,
+            **_strides("policy", policy, tile), **_strides("ref", ref, tile), segment=segment, saved_ptr=saved, N=N,
+            alpha=divergence[1], K=tile.K, T=tile.T, E=tile.E, WIDE=tile.WIDE, DIVERGENCE=kind, num_warps=tile.num_warps,
+            maxnreg=ample_registers(extras=True),
+        )  # fmt: skip
+        _launch(
+            token_stats_settle_kernel, -(-N // FINISH_ROWS),
+            policy_ptr=policy, label_ptr=labels, record_ptr=record, saved_ptr=saved, kl_ptr=out["kl"],
+            field_stride=N * segments, N=N, segments=segments, V=V, alpha=divergence[1], ignore_index=ignore_index,
+            ROWS=FINISH_ROWS, SEGMENTS=MAX_SEGMENTS, DIVERGENCE=kind, num_warps=4, maxnreg=None,
+        )  # fmt: skip
     return out, saved
 
 
 def token_stats_bwd(
     policy: Tensor, ref: Tensor | None, labels: Tensor, saved: Tensor, g_logp: Tensor | None, g_kl: Tensor | None,
     d_policy: Tensor, *, V: int, ignore_index: int, temperature: float, softcaps: Softcaps = (None, None),
+    divergence: Divergence = ("forward_kl", 0.0),
 ) -> None:  # fmt: skip
     """Launches backward: writes the gradient of the policy logits into `d_policy` (outer, inner, W), which may be `policy`, or
     have another dtype. With a softcap of the policy, that of the raw products.
@@ -767,10 +1025,11 @@ def token_stats_bwd(
     """
     N, inner, W = labels.numel(), policy.shape[1], policy.shape[2]
     ref = ref if g_kl is not None else None
+    kind = _kind(divergence) if ref is not None else FORWARD_KL.value
     wide = is_wide(V, policy, ref) and is_wide(0, d_policy)
     tile = tiling(W, max(t.element_size() for t in (policy, ref, d_policy) if t is not None), wide)
     caps = _caps(softcaps, ref)
-    ample = any(caps.values()) or d_policy.element_size() > policy.element_size()
+    ample = any(caps.values()) or d_policy.element_size() > policy.element_size() or kind != FORWARD_KL.value
     chunk = backward_chunk(tile)
     chunks = -(-W // chunk)
     _launch(
@@ -779,6 +1038,6 @@ def token_stats_bwd(
         d_policy_ptr=d_policy,
         **_strides("policy", policy, tile), **_strides("ref", ref, tile), **_strides("d", d_policy, tile),
         N=N, inner=inner, chunks=chunks, chunk=chunk, V=V, W=W, ignore_index=ignore_index, **_scales(temperature), **caps,
-        K=tile.K, T=tile.T, E=tile.E, WIDE=tile.WIDE, num_warps=tile.num_warps,
-        maxnreg=ample_registers(extras=False) if ample else backward_registers(tile, policy.dtype),
+        alpha=divergence[1], K=tile.K, T=tile.T, E=tile.E, WIDE=tile.WIDE, DIVERGENCE=kind, num_warps=tile.num_warps,
+        maxnreg=ample_registers(extras=kind != FORWARD_KL.value) if ample else backward_registers(tile, policy.dtype),
     )  # fmt: skip

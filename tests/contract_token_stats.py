@@ -252,6 +252,12 @@ def compare(fused: Outcome, case: Case, what: str = "") -> Outcome:
             return 0.0
         return logits[..., :V].double().masked_fill(ignored.unsqueeze(-1), 0.0).amax(-1).abs() / temperature
 
+    kl_terms, kl_scale = None, 1.0
+    divergence, alpha = options.get("divergence", "forward_kl"), options.get("divergence_alpha")
+    if case.ref is not None and divergence != "forward_kl":
+        kl_terms = divergence_terms(logprobs(case.policy), logprobs(case.ref), divergence, alpha, exact.stats.kl)
+        kl_scale = 1.0 if divergence != "alpha" else 1.0 + abs(alpha) + 1 / abs(alpha * (alpha - 1) or 1.0)
+
     magnitude = torch.zeros_like(exact.stats.logp, dtype=fp64) + magnitude_of(case.policy) + magnitude_of(case.ref)
     for name in TokenStats._fields:
         got, want = getattr(fused.stats, name), getattr(exact.stats, name)
@@ -263,7 +269,8 @@ def compare(fused: Outcome, case: Case, what: str = "") -> Outcome:
         assert mixed64 or got.dtype == dtype, f"{what}{name} is {got.dtype}, expected {dtype}"
         assert got.device == case.policy.device, f"{what}{name} is on {got.device}"
         assert_exactly_zero(f"{what}{name} of ignored rows", got[ignored])
-        assert_within_budget(f"{what}{name}", got, getattr(naive.stats, name), want, stat_slack(dtype, want, V, magnitude))
+        assert_within_budget(f"{what}{name}", got, getattr(naive.stats, name), want,
+                             stat_slack(dtype, want, V, magnitude) * (kl_scale if name == "kl" else 1.0))  # fmt: skip
 
     if exact.grad is not None:
         assert fused.grad is not None, f"{what}there is no gradient"
@@ -279,9 +286,24 @@ def compare(fused: Outcome, case: Case, what: str = "") -> Outcome:
             *(zero if g is None else g.double().masked_fill(ignored, 0.0) for g in (case.g_logp, case.g_kl)),
             magnitude,
             temperature,
+            kl_terms,
         )
         assert_within_budget(f"{what}gradient", fused.grad[..., :V], naive.grad[..., :V], exact.grad[..., :V], slack)
     return fused
+
+
+def divergence_terms(log_p: Tensor, log_q: Tensor, divergence: str, alpha: float | None, value: Tensor) -> Tensor:
+    """The size of what is added up in an element of the gradient of a divergence, (..., V), infinite terms left out."""
+    p, q = log_p.exp(), log_q.exp()
+    ratio, value = (log_p - log_q).nan_to_num(0.0, 0.0, 0.0).abs(), value.double().nan_to_num(0.0, 0.0, 0.0).unsqueeze(-1)
+    if divergence == "js":
+        return p * (1.0 + ratio)
+    if divergence == "reverse_kl" or alpha == 1:
+        return p * (1.0 + ratio + value)
+    if alpha == 0:
+        return p + q
+    powers = torch.exp(alpha * log_p + (1 - alpha) * log_q).nan_to_num(0.0, 0.0, 0.0)
+    return (1 + abs(alpha)) * ((powers + p + q) / abs(alpha - 1) + p * value)
 
 
 def assert_same_outcome(what: str, got: Outcome, expected: Outcome) -> None:

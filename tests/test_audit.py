@@ -177,9 +177,17 @@ def run(code: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str
         ["--case", "fp32", "--case", "bf16-narrow", "--case", "fp32-to-bf16", "--case", "bf16-to-fp32", "--target", "sm_90"],
         ["--case", "fold bf16-capped", "--case", "bwd bf16-capped", "--case", "bwd fp32-to-bf16-capped"],
         ["--case", "bf16-extras-capped", "--case", "bf16-narrow-capped", "--target", "sm_100"],
+        ["--case", "bf16-reverse-kl", "--case", "bf16-js", "--case", "bf16-alpha-above-half"],
         ["--case", "scaled_copy"],
     ],
-    ids=["bf16-everywhere", "others-on-sm_90", "capped-everywhere", "capped-others-on-sm_100", "scaled_copy-everywhere"],
+    ids=[
+        "bf16-everywhere",
+        "others-on-sm_90",
+        "capped-everywhere",
+        "capped-others-on-sm_100",
+        "divergences-everywhere",
+        "scaled_copy-everywhere",
+    ],
 )
 def test_kernels_keep_their_budget(options: list[str], compiler_env: dict[str, str], tmp_path: Path):
     record = tmp_path / "audit.json"
@@ -187,7 +195,7 @@ def test_kernels_keep_their_budget(options: list[str], compiler_env: dict[str, s
     assert result.returncode == 0, result.stdout + result.stderr
     reports = json.loads(record.read_text())["reports"]
     assert len(reports) >= 6
-    without_a_loop = ("finish", "scaled_copy")
+    without_a_loop = ("finish", "settle", "scaled_copy")
     assert all(report["pairs"] for report in reports if not any(name in report["case"] for name in without_a_loop))
 
 

@@ -336,6 +336,46 @@ def test_a_softcap_moves_no_byte(case):
     assert capped_moved == moved
 
 
+TWICE = (
+    {"divergence": "js"},
+    {"divergence": "alpha", "divergence_alpha": 0.3},
+    {"divergence": "alpha", "divergence_alpha": 2.0},
+)
+
+
+@pytest.mark.parametrize("kind", [{"divergence": "reverse_kl"}, *TWICE], ids=lambda kind: "-".join(map(str, kind.values())))
+@pytest.mark.parametrize("name", ["last-group-partial", "narrow", "cut-in-three"])
+def test_other_divergences(name, kind, monkeypatch):
+    """Forward of KL(p || q) reads each logit once, of those that need both sums of exponentials twice; backward always once."""
+    case = CASES[name]
+    if case.cut:
+        monkeypatch.setattr(kernels, "SEGMENT_COLUMNS", case.cut)
+        monkeypatch.setattr(kernels, "backward_chunk", lambda tile: case.cut)
+    inputs = make(case)
+    passes = [f"token_stats_{step}_kernel" for step in ("fold", "compare")][: 2 if kind in TWICE else 1]
+    with torch.no_grad(), counted_traffic() as traffic:
+        token_stats(inputs.policy, inputs.ref, inputs.labels, **options(case), **kind)
+    beside_label = torch.arange(inputs.memory["policy"].shape[1]) == inputs.labels[:, None]
+    for what, memory in inputs.memory.items():
+        for kernel in passes:
+            assert_rows_read_once(f"{what}, {kernel}", traffic.reads(memory, kernel), case, inputs.active, beside_label)
+        only = sum(traffic.reads(memory, kernel) for kernel in [*passes, "finish"])
+        assert torch.equal(traffic.reads(memory), only), f"{what}: another kernel read it"
+        assert not traffic.writes(memory).any(), f"{what} was written"
+    assert [kernel for kernel, _, _ in traffic.launches] == [
+        "token_stats_fold_kernel",
+        "token_stats_finish_kernel",
+        *(["token_stats_compare_kernel", "token_stats_settle_kernel"] if kind in TWICE else []),
+    ]
+
+    leaf = inputs.policy.requires_grad_()
+    stats = token_stats(leaf, inputs.ref, inputs.labels, **options(case), **kind)
+    with counted_traffic() as traffic:
+        torch.autograd.grad(stats.kl + stats.logp, leaf, torch.tensor([0.0, 1.0, 1.0]))
+    assert_rows_read_once("ref", traffic.reads(inputs.memory["ref"]), case, inputs.active & (torch.arange(N) != 0))
+    assert traffic.bytes_written() == N * case.width * case.dtype.itemsize
+
+
 @pytest.mark.parametrize(
     ("loss", "chosen_read", "rejected_read"),
     [

@@ -67,6 +67,13 @@ def calls() -> Iterator[tuple[str, dict]]:
         yield "softcap", {"softcaps": (cap, 30.0)}
         yield "softcap without reference", {"softcaps": (30.0, cap), "ref_dtype": None}
     yield "softcap without reference", {"softcaps": (30.0, None), "ref_dtype": None}
+    for alpha in (-1.0, 0.0625, 0.3, 0.5):
+        yield "alpha", {"divergence": ("alpha", alpha)}
+    for alpha in (0.7, 1.5, 2.0, 16.0):
+        yield "alpha above a half", {"divergence": ("alpha", alpha)}
+    for N, V in ((1, 1024), (16, 1024), (3, 512), (6, 16)):
+        yield "js", {"divergence": ("js", 0.0), "N": N, "V": V}
+        yield "reverse KL", {"divergence": ("reverse_kl", 0.0), "N": N, "V": V}
     yield "extras", {"extras": EXTRAS}
     yield "logp alone", {"with_kl": False}
 
@@ -85,6 +92,7 @@ def observe() -> dict[str, dict[str, list]]:
     def launch(
         group, N=6, V=1024, dtype=bf16, ref_dtype=bf16, pitch=0, outer=1, offset=0, vector_offset=0, device="meta", extras=(),
         with_kl=True, temperature=1.0, ignore_index=-100, softcaps=(None, None),
+        divergence=("forward_kl", 0.0),
     ):  # fmt: skip
         def record(kernel, programs, **args):
             bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -106,6 +114,7 @@ def observe() -> dict[str, dict[str, list]]:
         kernels._launch, kernels.empty = record, vector
         policy, ref, labels = logits(dtype), logits(ref_dtype) if ref_dtype else None, vector(outer * N, dtype=torch.int64)
         common = {"V": V, "ignore_index": ignore_index, "temperature": temperature, "softcaps": softcaps}
+        common["divergence"] = divergence
         _, saved = kernels.token_stats_fwd(policy, ref, labels, extras=extras, **common)
         g_logp, g_kl = vector(outer * N), vector(outer * N) if with_kl and ref_dtype else None
         kernels.token_stats_bwd(policy, ref, labels, saved, g_logp, g_kl, policy, **common)
@@ -151,7 +160,16 @@ def test_compiles_once(group, observed):
     """... for any values of what the group is named after."""
     for step, keys in observed[group].items():
         assert len(keys) == 1, f"{step} compiles {len(keys)} times: {differences(keys)}"
-    assert set(observed[group]) == {"fold", "finish", "bwd"}
+    second_pass = {"compare", "settle"} if group in ("js", "alpha", "alpha above a half") else set()
+    assert set(observed[group]) == {"fold", "finish", "bwd"} | second_pass
+
+
+def test_what_divergences_share(observed):
+    """The first pass of "js" and "alpha" is KL(q || p)'s own, kernel for kernel; KL(p || q) exchanges roles in all three."""
+    for group in ("js", "alpha", "alpha above a half"):
+        assert observed[group]["fold"][0] in observed["bf16"]["fold"] + observed["N"]["fold"], group
+    for step in ("fold", "finish", "bwd"):
+        assert observed["reverse KL"][step][0] not in observed["bf16"][step] + observed["js"][step], step
 
 
 @pytest.mark.parametrize("pair", PAIRS)

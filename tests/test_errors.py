@@ -215,6 +215,13 @@ def test_an_unknown_divergence(backend, divergence):
 
 
 @everywhere
+@pytest.mark.parametrize("alpha", [None, float("nan"), float("inf"), "half"])
+def test_an_alpha_that_is_none(backend, alpha):
+    with refused("divergence_alpha", str(alpha)):
+        call(POLICY, REF, LABELS, divergence="alpha", divergence_alpha=alpha, backend=backend)
+
+
+@everywhere
 @pytest.mark.parametrize(("divergence", "alpha"), [("reverse_kl", None), ("js", None), ("alpha", 0.5)])
 def test_another_divergence_is_right_or_refused_by_name(backend, divergence, alpha):
     # Never silently the forward KL.

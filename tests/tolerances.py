@@ -60,8 +60,12 @@ def grad_slack(
     g_kl: Tensor,  # (...)
     magnitude: Tensor,  # (...)
     temperature: float,
+    kl_terms: Tensor | None = None,  # (..., V)
 ) -> Tensor:
-    """Slack of d_policy, element by element: a relative error of p and of q, never an absolute one for a whole row."""
+    """Slack of d_policy, element by element: a relative error of p and of q, never an absolute one for a whole row.
+
+    Of another divergence than KL(q || p) it is a relative error of `kl_terms`, the size of what is summed in its gradient.
+    """
     s = SLACK[dtype]
     chain = s.base + s.root * log_p.shape[-1] ** 0.5 + s.scale * magnitude.unsqueeze(-1)
 
@@ -72,7 +76,10 @@ def grad_slack(
     p = weighted(log_p)
     q = torch.zeros_like(p) if log_q is None else weighted(log_q)
     onehot = torch.zeros_like(p).scatter_(-1, labels.long().unsqueeze(-1), s.base)
-    return (s.eps * (a * (onehot + p) + b * (p + q)) + s.tiny * (a + b)) / temperature
+    kl = p + q
+    if kl_terms is not None and log_q is not None:
+        kl = p + kl_terms * (chain + s.scale * (log_p.abs() + log_q.abs()).clamp(max=1e3))
+    return (s.eps * (a * (onehot + p) + b * kl) + s.tiny * (a + b)) / temperature
 
 
 def assert_within_budget(what: str, fused: Tensor, naive: Tensor, exact: Tensor, slack: Tensor) -> None:

@@ -7,6 +7,8 @@ into statistics, and forgotten. What backward needs of them depends on the head:
   2 + 4 units (fused_tdpo/_projection.py); 2 + 3 where the KL gets no gradient.
 - frozen: nothing is summed over rows, so forward forms the *directions* U^logp = (e_y - p) W and U^kl = (p - q) W, (N, D) each,
   while it has the logits, and backward is d_hidden = g_logp·U^logp + g_kl·U^kl. 2 + 1 units, or 2 + 2 with the KL's.
+
+Where the divergence is not KL(q || p), the gradient of another stands for p - q.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +22,7 @@ from fused_tdpo._checks import check_labels_in_range, check_valid_rows
 from fused_tdpo._chunks import host_counts, split
 from fused_tdpo._projection import HeadSums, Projection, Tiles, head_gradient, projection, same_memory, wide
 from fused_tdpo.functions.token_stats import stat_names, stats_dtype
+from fused_tdpo.types import Divergence
 
 
 class LinearOptions(NamedTuple):
@@ -41,11 +44,14 @@ class LinearOptions(NamedTuple):
     rows: int
     """Of a chunk."""
     backend: str
+    divergence: str = "forward_kl"
+    alpha: float = 0.0
+    """Of the divergence "alpha"."""
 
 
 _OPTIONS = (
     "float scale, float softcap, float ref_scale, float ref_softcap, int V, int ignore_index, float temperature, "
-    "ScalarType dtype, ScalarType ref_dtype, ScalarType? logits_dtype, int rows, str backend"
+    "ScalarType dtype, ScalarType ref_dtype, ScalarType? logits_dtype, int rows, str backend, str divergence, float alpha"
 )
 _MODELS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor labels"
 
@@ -71,6 +77,7 @@ def make_tiles(models: tuple[Any, ...], options: LinearOptions, count: int, with
                 ref_hidden, ref_weight, ref_bias, o.ref_scale, o.ref_softcap or None, o.V, o.ref_dtype, o.logits_dtype
             )
     common: dict[str, Any] = {"ignore_index": o.ignore_index, "temperature": o.temperature, "backend": o.backend}
+    common["divergence"] = Divergence(o.divergence, o.alpha)
     return Tiles(policy, ref, labels.to(torch.int64), min(o.rows, count), **common)
 
 
@@ -85,8 +92,8 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager:
     schema=f"({_MODELS}, {_OPTIONS}, str extras, bool check_labels, int valid_rows, int directions, bool padded) -> Tensor[]",
 )
 def linear_token_stats_fwd(*arguments) -> list[Tensor]:  # type: ignore[no-untyped-def]
-    """logp, with a reference ref_logp and kl, the extras, each (N,); for backward `saved` (4, N), `order` (N,), `count` () on
-    the CPU; and the directions asked for, (count, D), or (N, D) if `padded`.
+    """logp, with a reference ref_logp and kl, the extras, each (N,); for backward `saved`, a few numbers a row, `order` (N,),
+    `count` () on the CPU; and the directions asked for, (count, D), or (N, D) if `padded`.
 
     Rows that count come first in `order`, `count` of them; `saved` and directions are in that order. `valid_rows` is `count`
     where the caller knows it, else -1. `directions` is 0, 1 (of logp) or 2 (of logp and kl).
@@ -105,7 +112,7 @@ def linear_token_stats_fwd(*arguments) -> list[Tensor]:  # type: ignore[no-untyp
         names = stat_names(ref_hidden is not None, extras)
         dtype = stats_dtype(options.dtype, options.ref_dtype)
         out = {name: torch.zeros(len(labels), dtype=dtype, device=labels.device) for name in names}
-        saved = torch.zeros((4, len(labels)), dtype=dtype, device=labels.device)
+        saved = torch.zeros((tiles.divergence.saved, len(labels)), dtype=dtype, device=labels.device)
         kept = [
             hidden.new_zeros((len(labels) if padded else count, hidden.shape[1]), dtype=options.dtype)
             for _ in range(directions)
@@ -140,7 +147,8 @@ def _(*arguments):  # type: ignore[no-untyped-def]
         rows = torch.library.get_ctx().new_dynamic_size()
     kept = [hidden.new_empty((rows, hidden.shape[1]), dtype=options.dtype) for _ in range(directions)]
     order = labels.new_empty(N, dtype=torch.int64)
-    return [*stats, hidden.new_empty((4, N), dtype=dtype), order, torch.empty((), dtype=torch.int64, device="cpu"), *kept]
+    saved = hidden.new_empty((Divergence(options.divergence).saved, N), dtype=dtype)
+    return [*stats, saved, order, torch.empty((), dtype=torch.int64, device="cpu"), *kept]
 
 
 @torch.library.custom_op(

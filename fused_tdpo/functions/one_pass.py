@@ -6,8 +6,9 @@ divergences, so the gradient of row t is (fused_tdpo/_projection.py has the unit
 
     d_t = g_s·[w_t (e_y - p) + b_s·v_t (p - q)]        g_s = ∂loss/∂R_s,  b_s = (∂loss/∂K_s) / g_s
 
-with weights w_t, v_t of the row. Where b_s is known beforehand, as in every loss of the DPO and TDPO families, so is the row's
-*direction*, and all that is missing is one number a sequence:
+with weights w_t, v_t of the row; for p - q stands the gradient of another divergence, if it is not KL(q || p). Where b_s is
+known beforehand, as in every loss of the DPO and TDPO families, so is the row's *direction*, and all that is missing is one
+number a sequence:
 
 - frozen head: directions times the head are stored, row by row, and scaled in backward.
 - trained head, pairs that fit into a chunk: groups of them make logits, sums, slopes and gradients while they have the logits.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fused_tdpo._backends import load_backend
 from fused_tdpo._checks import check_labels_in_range
+from fused_tdpo.types import FORWARD_KL, Divergence
 
 POLICY_STATS = ("logp",)
 PAIR_STATS = ("logp", "ref_logp", "kl")
@@ -59,7 +60,7 @@ def row_views(*tensors: Tensor | None) -> list[list[Tensor | None]]:
     "fused_tdpo::token_stats_fwd",
     mutates_args=(),
     schema="(Tensor policy, Tensor? ref, Tensor labels, int V, int ignore_index, float temperature, str extras, "
-    "bool check_labels, str backend) -> Tensor[]",
+    "bool check_labels, str backend, str divergence='forward_kl', float alpha=0.0) -> Tensor[]",
 )
 def token_stats_fwd(
     policy: Tensor,
@@ -71,16 +72,20 @@ def token_stats_fwd(
     extras: str,
     check_labels: bool,
     backend: str,
+    divergence: str = "forward_kl",
+    alpha: float = 0.0,
 ) -> list[Tensor]:
-    """logp, with a reference ref_logp and kl, the extras (comma-separated names), of labels' shape; then `saved` (4, N)."""
+    """logp, with a reference ref_logp and kl, the extras (comma-separated names), of labels' shape; then
+    `saved`, a few numbers a row."""
     if check_labels:
         check_labels_in_range(labels, V, ignore_index)
     module = load_backend(backend, policy.device)
     names = tuple(extras.split(",")) if extras else ()
     flat = labels.to(torch.int64).contiguous().flatten()
     views = row_views(policy, ref)
+    options = {"V": V, "ignore_index": ignore_index, "temperature": temperature, "divergence": Divergence(divergence, alpha)}
     parts = [
-        module.token_stats_fwd(x, z, y, V=V, ignore_index=ignore_index, temperature=temperature, extras=names)
+        module.token_stats_fwd(x, z, y, extras=names, **options)
         for (x, z), y in zip(views, flat.chunk(len(views)), strict=True)
     ]
     stats, saved = parts[0]
@@ -91,11 +96,13 @@ def token_stats_fwd(
 
 
 @token_stats_fwd.register_fake
-def _(policy, ref, labels, V, ignore_index, temperature, extras, check_labels, backend):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    policy, ref, labels, V, ignore_index, temperature, extras, check_labels, backend, divergence="forward_kl", alpha=0.0
+):
     dtype = stats_dtype(policy.dtype, None if ref is None else ref.dtype)
     count = len(stat_names(ref is not None, extras))
     stats = [policy.new_empty(labels.shape, dtype=dtype) for _ in range(count)]
-    return [*stats, policy.new_empty((4, labels.numel()), dtype=dtype)]
+    return [*stats, policy.new_empty((Divergence(divergence).saved, labels.numel()), dtype=dtype)]
 
 
 def stats_dtype(policy: torch.dtype, ref: torch.dtype | None) -> torch.dtype:
@@ -105,7 +112,7 @@ def stats_dtype(policy: torch.dtype, ref: torch.dtype | None) -> torch.dtype:
 
 _BWD_ARGUMENTS = (
     "Tensor? ref, Tensor labels, Tensor saved, Tensor? g_logp, Tensor? g_kl, int V, int ignore_index, float temperature, "
-    "str backend"
+    "str backend, str divergence='forward_kl', float alpha=0.0"
 )
 
 
@@ -120,6 +127,8 @@ def _write_gradient(
     ignore_index: int,
     temperature: float,
     backend: str,
+    divergence: str,
+    alpha: float,
     d_policy: Tensor,
 ) -> None:
     module = load_backend(backend, policy.device)
@@ -127,36 +136,43 @@ def _write_gradient(
     upstream = [None if g is None else g.to(saved.dtype).contiguous().flatten() for g in (g_logp, g_kl)]
     views = row_views(policy, ref, d_policy)
     rows = flat.numel() // len(views)
+    options = {"V": V, "ignore_index": ignore_index, "temperature": temperature, "divergence": Divergence(divergence, alpha)}
     for k, (x, z, d) in enumerate(views):
         part = slice(k * rows, (k + 1) * rows)
         g_l, g_k = (None if g is None else g[part] for g in upstream)
         own = saved if len(views) == 1 else saved[:, part].contiguous()
-        module.token_stats_bwd(x, z, flat[part], own, g_l, g_k, d, V=V, ignore_index=ignore_index, temperature=temperature)
+        module.token_stats_bwd(x, z, flat[part], own, g_l, g_k, d, **options)
 
 
 @torch.library.custom_op("fused_tdpo::token_stats_bwd", mutates_args=(), schema=f"(Tensor policy, {_BWD_ARGUMENTS}) -> Tensor")
-def token_stats_bwd(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend):  # type: ignore[no-untyped-def]
+def token_stats_bwd(  # type: ignore[no-untyped-def]
+    policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend, divergence="forward_kl", alpha=0.0
+):
     """The gradient of the policy logits, in a fresh contiguous tensor; `saved` is the last output of `token_stats_fwd`."""
     d_policy = load_backend(backend, policy.device).empty(policy.shape, dtype=policy.dtype, device=policy.device)
-    _write_gradient(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend, d_policy)
+    _write_gradient(
+        policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend, divergence, alpha, d_policy
+    )
     return d_policy
 
 
 @token_stats_bwd.register_fake
-def _(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend):  # type: ignore[no-untyped-def]
+def _(policy, *arguments):  # type: ignore[no-untyped-def]
     return policy.new_empty(policy.shape)
 
 
 @torch.library.custom_op(
     "fused_tdpo::token_stats_bwd_", mutates_args=("policy",), schema=f"(Tensor(a!) policy, {_BWD_ARGUMENTS}) -> ()"
 )
-def token_stats_bwd_(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend):  # type: ignore[no-untyped-def]
+def token_stats_bwd_(  # type: ignore[no-untyped-def]
+    policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend, divergence="forward_kl", alpha=0.0
+):
     """The same, written over the policy logits. A mutating op: autograd counts a new version of them."""
-    _write_gradient(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend, policy)
+    _write_gradient(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend, divergence, alpha, policy)
 
 
 @token_stats_bwd_.register_fake
-def _(policy, ref, labels, saved, g_logp, g_kl, V, ignore_index, temperature, backend):  # type: ignore[no-untyped-def]
+def _(policy, *arguments):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -176,14 +192,15 @@ token_stats_bwd.register_autograd(_refuse_double_backward)
 class TokenStatsFunction(torch.autograd.Function):
     """Differentiable `token_stats` on checked arguments: `(logp[, ref_logp, kl], *extras)`, each of `labels`' shape.
 
-    `logp` and `kl` carry gradients to `policy`; d_policy = g_logp (e_y - p) + g_kl (p - q), over the temperature. Saves the
-    logits it was given, the labels and four numbers a row. Call it through `fused_tdpo.token_stats`, which checks and names.
+    `logp` and `kl` carry gradients to `policy`; d_policy = g_logp (e_y - p) + g_kl ∂kl/∂x, which of KL(q || p) is p - q, over
+    the temperature. Saves the logits it was given, the labels and four numbers a row, six with another divergence. Call it
+    through `fused_tdpo.token_stats`, which checks and names.
 
     Args of `apply`, all positional:
         policy, ref: (..., width) logits, contiguous columns; `ref` may be None. labels: (...) int32 or int64, aligned.
         V: columns [0, V) are used. ignore_index, temperature: as in `token_stats`.
         extras: comma-separated names. check_labels: whether to look at the labels' values, and raise.
-        inplace_backward: write the gradient over `policy`. backend: `"triton"` or `"torch"`.
+        inplace_backward: write the gradient over `policy`. backend: `"triton"` or `"torch"`. divergence: what `kl` holds.
     """
 
     @staticmethod
@@ -199,12 +216,13 @@ class TokenStatsFunction(torch.autograd.Function):
         check_labels: bool,
         inplace_backward: bool,
         backend: str,
+        divergence: Divergence = FORWARD_KL,
     ) -> tuple[Tensor, ...]:
         *stats, saved = torch.ops.fused_tdpo.token_stats_fwd(
-            policy, ref, labels, V, ignore_index, temperature, extras, check_labels, backend
+            policy, ref, labels, V, ignore_index, temperature, extras, check_labels, backend, *divergence
         )
         ctx.save_for_backward(policy, ref, labels, saved)
-        ctx.options = (V, ignore_index, temperature, backend)
+        ctx.options = (V, ignore_index, temperature, backend, *divergence)
         ctx.inplace_backward = inplace_backward
         ctx.leaf = policy.is_leaf
         ctx.set_materialize_grads(False)
@@ -225,4 +243,4 @@ class TokenStatsFunction(torch.autograd.Function):
             d_policy = policy.detach().clone() if ctx.leaf else policy.detach()  # a leaf and its .grad share no memory
         else:
             d_policy = torch.ops.fused_tdpo.token_stats_bwd(policy, ref, labels, saved, g_logp, g_kl, *ctx.options)
-        return d_policy, *(None,) * 9
+        return d_policy, *(None,) * 10
