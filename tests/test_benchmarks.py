@@ -103,7 +103,8 @@ def test_a_provider_may_compute_less():
     assert set(result.errors) == {"logp", "gradient", "gradient at the label"}
 
 
-def test_overwritten_logits_are_restored_for_the_next():
+def test_overwritten_logits_are_restored_for_the_next(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measure, "TOO_FAST", float("inf"))  # of microseconds, on a machine that does other things as well
     both = [(name, providers.PROVIDERS[name]) for name in ("fused_inplace", "eager")]
     assert not any(result.refused for result in measure.measure(TINY, both, CPU, rounds=2))
 
@@ -192,6 +193,7 @@ FIELDS = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Records of a run on the tiny case alone."""
+    monkeypatch.setattr(measure, "TOO_FAST", float("inf"))
     for module in (run, report):
         for name, cases in {"CASES": (TINY,), "HIDDEN_CASES": (), "PROBLEMS": ()}.items():
             monkeypatch.setattr(module, name, cases)

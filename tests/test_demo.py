@@ -356,7 +356,7 @@ def test_one_table_and_one_picture(canned, tmp_path):
         "V = 500, T = 32 256 MiB, 700 ms 96.0 MiB, 320 ms 32.0 MiB, 320 ms",
         "needs 2.00 GiB: not run",
         "0.400000 0.400000 0.400000",
-        "naive PyTorch takes 8.0 times the memory and 2.2 times the time of fused-tdpo at V = 500, T = 32.",
+        "naive PyTorch: 8.0 times the memory and 2.2 times the time of fused-tdpo at V = 500, T = 32.",
         "reward of own samples (before: 0.40) 0.60 ± 0.00",
         "DPO 1.0, TDPO1 2.0, TDPO2 3.0",
     ):

@@ -86,7 +86,7 @@ def demo(
     sections = [section for section in (swapped and swap_section(swapped), trained and method_section(trained)) if section]
     texts = [
         *([swap_verdict(swapped)] if swapped else []),
-        *([trained.facts.capitalize() + ".", method_verdict(trained)] if trained else []),
+        *([trained.facts + ".", method_verdict(trained)] if trained else []),
         *([f"The method was not run: {absent}."] if absent else []),
     ]
     show(one_table(title, sections), *texts, f"Picture: {out}")
@@ -166,7 +166,7 @@ def swap_verdict(result: swap.Result) -> str:
         f"A training step of SmolLM2-135M's shape, {settings.layers} of its {swap.SMOLLM2_LAYERS} layers, "
         f"{str(settings.dtype)[6:]}, one pair of T tokens each, half of them prompt; memory is beyond models and optimizer.",
         f"Not run is what needs more than {as_bytes(settings.budget)} or {settings.patience:.0f} s.",
-        f"Losses in {', '.join(way for way in WAYS if way in result.curves)} differ by {result.apart:.0e} at most.",
+        f"The losses of {len(result.curves)} ways differ by {result.apart:.0e} at most.",
     ]
     for way in (swap.NAIVE, swap.TRL):
         both = [(cell, result.cell(cell.vocabulary, cell.length, swap.OURS)) for cell in result.cells if cell.way == way]
@@ -174,8 +174,8 @@ def swap_verdict(result: swap.Result) -> str:
         if measured:
             cell, own = max(measured, key=lambda pair: pair[0].vocabulary * pair[0].length)
             texts.append(
-                f"{way} takes {cell.peak / own.peak:.1f} times the memory and {cell.ms / own.ms:.1f} times the time of "
-                f"{swap.OURS} at V = {cell.vocabulary:,}, T = {cell.length:,}."
+                f"{way}: {cell.peak / own.peak:.1f} times the memory and {cell.ms / own.ms:.1f} times the time of {swap.OURS} "
+                f"at V = {cell.vocabulary:,}, T = {cell.length:,}."
             )
     texts += [f"{way} was not run: {reason}." for way, reason in result.absent.items()]
     texts.append("Not measured: naive code that drops the prompt's logits first, which needs about half.")

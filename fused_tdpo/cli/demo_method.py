@@ -8,6 +8,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -48,13 +49,13 @@ class Settings:
     """Sentences written to each prompt, of which the best and the worst become a pair."""
     gap: float = 0.1
     """Least difference of their rewards."""
-    steps: int = 120
+    steps: int = 100
     batch: int = 32
     """Pairs of a step."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 7e-4
     looks: int = 4
     """How many times a policy is looked at while it trains."""
-    samples: int = 256
+    samples: int = 384
     """Sentences it writes for that; and prompts of held-out pairs."""
     seeds: int = 2
     threads: int = 1
@@ -173,12 +174,14 @@ def lm_loss(model: Any, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def sample(model: Any, prompts: Tensor) -> Tensor:
     """Prompts (S, `PROMPT`) -> sentences (S, T) that begin with them, padded with `END`; at temperature 1."""
-    ids, cache, new = prompts, None, prompts
+    from transformers import DynamicCache
+
+    names = signature(model.forward).parameters
+    cache = {"cache" if "cache" in names else "past_key_values": DynamicCache(config=model.config)}  # renamed in 5.24
+    ids, new = prompts, prompts
     alive = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
     for _ in range(MAX_NEW_TOKENS):
-        out = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        p = out.logits[:, -1].float().softmax(-1)
+        p = model(new, **cache, use_cache=True, logits_to_keep=1).logits[:, -1].float().softmax(-1)
         new = (p / torch.empty_like(p).exponential_()).argmax(-1).where(alive, END)[:, None]  # a draw from p
         ids, alive = torch.cat([ids, new], -1), alive & (new[:, 0] != END)
         if not alive.any():
@@ -328,4 +331,5 @@ def _run(settings: Settings, device: torch.device, seed: int, say: Say) -> Resul
         every = max(1, settings.steps // 20)
         logged = train(copy.deepcopy(base), pairs, settings, own_seed, after_step, METHODS[method], every)
         result.history += [entry | {"method": method, "seed": own_seed} for entry in logged]
+    say("done", 1.0)
     return result

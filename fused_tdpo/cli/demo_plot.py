@@ -77,13 +77,8 @@ def _draw_swap(axes: Any, result: swap.Result) -> None:
     memory.axhline(budget, color="0.5", linewidth=1)
     memory.set(title="Peak memory of a training step", ylabel="GiB, beyond models and optimizer")
     time.set(title="Time of that step", ylabel="seconds")
-    for ax, name, unit in ((memory, "peak", 2**30), (time, "ms", 1e3)):
-        _draw_cells(ax, result, name, unit)
-    for ax, note in (
-        (memory, f"grey: budget of {budget:.3g} GiB; hollow: computed, not run"),
-        (time, "hollow: expected, not run"),
-    ):
-        ax.text(0.99, 0.02, note, transform=ax.transAxes, ha="right", color="0.35", fontsize=9)
+    _draw_cells(memory, result, "peak", 2**30, f"hollow: computed, not run; grey: budget of {budget:.3g} GiB")
+    _draw_cells(time, result, "ms", 1e3, "hollow: expected, not run")
 
     for way, width in zip((swap.NAIVE, swap.TRL, swap.OURS), (10, 5.5, 1.5), strict=True):
         if curve := result.curves.get(way):
@@ -96,7 +91,7 @@ def _draw_swap(axes: Any, result: swap.Result) -> None:
     loss.text(0.04, 0.06, f"at most {result.apart:.0e} apart", transform=loss.transAxes, color="0.35", fontsize=11)
 
 
-def _draw_cells(ax: Any, result: swap.Result, name: str, unit: float) -> None:
+def _draw_cells(ax: Any, result: swap.Result, name: str, unit: float, note: str) -> None:
     """Lines over T, one for each way and vocabulary; dotted and hollow where nothing was run."""
     lengths = sorted({cell.length for cell in result.cells})
     starts, ends = [], []
@@ -128,7 +123,7 @@ def _draw_cells(ax: Any, result: swap.Result, name: str, unit: float) -> None:
     ax.yaxis.set_major_locator(_ticks())
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.minorticks_off()
-    ax.set_xlabel("T, tokens of each of the pair's two sequences")
+    ax.set_xlabel(f"T, tokens of each of the pair's two sequences\n{note}")
     _label(ax, starts, left=True, size=9)
     _label(ax, ends)
 

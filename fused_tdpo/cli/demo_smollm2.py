@@ -131,6 +131,7 @@ def run(settings: Settings, device: torch.device, seed: int, say: Say) -> Result
 
     words = {word: token for token, word in enumerate(corpus.words)}
     rewards = [float(reward.of([[words[w] for w in tokens_of(text) if w in words] for text in part]).mean()) for part in texts]
+    say("done", 1.0)
     return Result(
         settings,
         (rewards[0], rewards[1]),

@@ -230,6 +230,7 @@ def run(settings: Settings, device: torch.device, say: Say) -> Result:
             if first:
                 result.curves[way] = [*losses, measured[0][2]]
         result.cells.append(Cell(vocabulary, length, way, peak, ms, skipped))
+    say("done", 1.0)
     return result
 
 
