@@ -104,10 +104,15 @@ PROMPTS = torch.arange(1, 31).view(10, 3)
 def test_samples_are_drawn_from_the_model():
     p = torch.tensor([0.0, 0.5, 0.3, 0.15, 0.05])
 
-    def model(new, past_key_values, use_cache, logits_to_keep):
-        return SimpleNamespace(logits=p.log().expand(len(new), 1, -1), past_key_values=None)
+    class Model:
+        config = None
 
-    ids = demo_method.sample(model, torch.ones(2000, 3, dtype=torch.long))[:, 3:]
+        def forward(self, new, past_key_values, use_cache, logits_to_keep):
+            return SimpleNamespace(logits=p.log().expand(len(new), 1, -1))
+
+        __call__ = forward
+
+    ids = demo_method.sample(Model(), torch.ones(2000, 3, dtype=torch.long))[:, 3:]
     n, counts = ids.numel(), torch.bincount(ids.flatten(), minlength=5)
     assert ids.shape[1] == demo_method.MAX_NEW_TOKENS
     assert ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt()).all(), counts / n  # five standard deviations
