@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_tdpo import LMHead, TokenStats, linear_token_stats, token_stats
-from fused_tdpo.cli._rivals import ALPHA, Loss, _on_valid_rows, liger_dpo, naive_all, naive_valid, official, shifted, trl
+from fused_tdpo.cli._rivals import ALPHA, Loss, liger_dpo, naive_all, naive_valid, official, on_valid_rows, shifted, trl, trl_kl
 from fused_tdpo.cli._rivals import tdpo2 as tdpo2
 from fused_tdpo.reference import token_stats_reference
 
@@ -119,7 +119,7 @@ def project(head: Tensor | LMHead, hidden: Tensor) -> Tensor:
 
 def _compiled_hidden() -> Loss:
     function = _compiled()
-    return _on_valid_rows(lambda x, head, z, ref_head, y: function(project(head, x), project(ref_head, z), y))
+    return on_valid_rows(lambda x, head, z, ref_head, y: function(project(head, x), project(ref_head, z), y))
 
 
 def _cce_rows() -> RowFunction:
@@ -140,7 +140,7 @@ def _cce() -> Loss:
         stats = stats_of(*inputs)
         return stats._replace(kl=torch.zeros_like(stats.logp))
 
-    return _on_valid_rows(with_no_kl)
+    return on_valid_rows(with_no_kl)
 
 
 def _fla() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -189,12 +189,6 @@ def _from_logits(name: str) -> Provider:
     return Provider(cache(load))  # compiles once, not for every problem
 
 
-def _trl_rows() -> RowFunction:
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
-    return _counted_kl(lambda x, head, z, ref_head: ChunkedDivergenceFunction.apply(x, head, None, z, ref_head, None, 0.0)[0])
-
-
 def _fla_rows() -> RowFunction:
     function = _fla()
 
@@ -218,7 +212,7 @@ def _counted_kl(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) ->
 ROW_PROVIDERS = {
     "ours": Provider(lambda: linear_token_stats),
     **{name: _from_logits(name) for name in ("fused", "compiled", "eager", "official", "liger")},
-    "trl": Provider(_trl_rows),
+    "trl": Provider(lambda: _counted_kl(trl_kl())),
     "cce": Provider(_cce_rows),
     "fla": Provider(_fla_rows),
 }

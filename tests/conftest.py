@@ -13,6 +13,7 @@ time, and more of them, new ones, with HYPOTHESIS_PROFILE=deep.
 """
 
 import contextlib
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -144,3 +145,21 @@ def _reports(terminalreporter: pytest.TerminalReporter) -> Iterator[tuple[str, s
         for report in reports:
             if isinstance(report, pytest.TestReport):  # else a warning, a collection error or a deselected test
                 yield outcome, dict(report.user_properties)["tier"], report.duration
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Products of tiny models take less time than waking a thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def few_objects_to_collect() -> Iterator[None]:
+    """A trainer collects garbage when training begins: half a second among the objects of all that is imported here."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

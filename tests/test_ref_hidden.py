@@ -4,13 +4,11 @@ In batches of the same pairs, in the same order, every bit agrees. In others the
 their last bits may differ: that is what a shuffled run is allowed.
 """
 
-import gc
 import os
 import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,21 +42,7 @@ SMALL = 4 * D * 80
 """Bytes of some six pairs: a batch of four, but not two, or three of two."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_objects_to_collect() -> Iterator[None]:
-    """A trainer collects garbage when training begins: half a second among the objects of all that is imported here."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("one_thread", "few_objects_to_collect")
 
 
 @pytest.fixture(params=MODULES)

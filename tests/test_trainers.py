@@ -5,13 +5,12 @@ the fused side and the order of sums in products. A handful of steps of plain gr
 """
 
 import copy
-import gc
 import importlib
 import math
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,22 +61,7 @@ RELATIVE = 2e-5
 where the naive one is within 2.5e-5 and 1.4e-6 of itself in float64. Changing beta by one part in 10,000 is noticed."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small take less time than waking a thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_objects_to_collect() -> Iterator[None]:
-    """A trainer collects garbage when training begins: half a second among the objects of all that is imported here."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("one_thread", "few_objects_to_collect")
 
 
 @pytest.fixture(params=MODULES)

@@ -8,7 +8,6 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from naive_trainer import Objective
 from test_trainers import METRICS, Build, Run, assert_same_logs, assert_same_run, eval_logs, run
 from tiny_models import lora, lora_config, nearby, text_rows, tiny_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 HERE = Path(__file__).parent
 PAIRS = 8
 
@@ -92,15 +91,6 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run([*launcher, __file__, str(file)], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
     return torch.load(file, weights_only=False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small take less time than waking a thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", CASES)

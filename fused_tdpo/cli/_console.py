@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import NoReturn
 
+import torch
 import typer
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -49,3 +50,18 @@ def parse_size(text: str) -> float:
     if not isfinite(size):
         raise typer.BadParameter(f"a size such as 80GiB, 512MiB or a number of bytes is expected; got {text!r}")
     return size
+
+
+def parse_device(name: str) -> torch.device:
+    """The one that was asked for, or the one that is here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        refuse(f"--device must be cpu, cuda or cuda:N; got {name!r}")
+    if device.type not in ("cpu", "cuda"):
+        refuse(f"--device must be cpu, cuda or cuda:N, for which there are backends; got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        refuse(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs. Take another, or cpu.")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device

@@ -59,7 +59,7 @@ def naive_all(
     return tdpo2(official(policy_logits[:, :-1], ref_logits[:, :-1], labels[:, 1:]), beta)
 
 
-def _on_valid_rows(stats_of: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], TokenStats]) -> Loss:
+def on_valid_rows(stats_of: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], TokenStats]) -> Loss:
     """TDPO2 from statistics of those rows alone whose label counts."""
 
     def loss(
@@ -73,7 +73,18 @@ def _on_valid_rows(stats_of: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], 
     return loss
 
 
-naive_valid = _on_valid_rows(lambda x, head, z, ref_head, y: official(F.linear(x, head), F.linear(z, ref_head), y))
+naive_valid = on_valid_rows(lambda x, head, z, ref_head, y: official(F.linear(x, head), F.linear(z, ref_head), y))
+
+
+def trl_kl() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """TRL's KL(reference || policy) of rows: (x, head, z, ref_head), (N, D) and (V, D) of either model -> (N,).
+
+    Raises:
+        ImportError: no trl, or a version without `trl.kernels`.
+    """
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    return lambda x, head, z, ref_head: ChunkedDivergenceFunction.apply(x, head, None, z, ref_head.detach(), None, 0.0)[0]
 
 
 def trl() -> Loss:
@@ -83,19 +94,19 @@ def trl() -> Loss:
     Raises:
         ImportError: no trl, or a version without `trl.kernels`.
     """
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
+
+    kl = trl_kl()
 
     def stats_of(x: Tensor, head: Tensor, z: Tensor, ref_head: Tensor, y: Tensor) -> TokenStats:
         logp, ref_logp = (
             ChunkedLogProbFunction.apply(hidden, weight, None, y, 1.0, CHUNK, None, 1.0, ())[0]
             for hidden, weight in ((x, head), (z, ref_head.detach()))
         )
-        kl = ChunkedDivergenceFunction.apply(x, head, None, z, ref_head.detach(), None, 0.0)[0]
-        return TokenStats(logp, ref_logp, kl)
+        return TokenStats(logp, ref_logp, kl(x, head, z, ref_head))
 
-    return _on_valid_rows(stats_of)
+    return on_valid_rows(stats_of)
 
 
 def liger_dpo() -> Loss:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import fused_tdpo
 from fused_tdpo._backends import choose_backend
-from fused_tdpo.cli._console import refuse, show, table
+from fused_tdpo.cli._console import parse_device, refuse, show, table
 from fused_tdpo.cli._measure import as_bytes, as_time, digits, peak_bytes, wall_clock
 from fused_tdpo.cli._rivals import Loss, naive_valid
 from fused_tdpo.cli.plan import WAYS, Workload, dtype_name, refuse_absent
@@ -303,7 +303,7 @@ def check(
     speed: Annotated[bool, typer.Option(help="Also measure time and memory.")] = True,
 ) -> None:
     """Tell whether the losses are right on this machine (exit code 1 if not), and how fast."""
-    where = _device(device)
+    where = parse_device(device)
     show(_environment(where))
     V, D = (50_257, 256) if where.type == "cuda" else (5003, 32)
     checks: dict[str, Callable[[], Any]] = {
@@ -331,21 +331,6 @@ def check(
         if where.type == "cuda":
             show(_bandwidths(found["bandwidth"]))
     show(f"All {len(findings)} checks passed on {where}.")
-
-
-def _device(name: str) -> torch.device:
-    """The one that was asked for, or the one that is here."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        refuse(f"--device must be cpu, cuda or cuda:N; got {name!r}")
-    if device.type not in ("cpu", "cuda"):
-        refuse(f"--device must be cpu, cuda or cuda:N, for which there are backends; got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        refuse(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs. Take another, or cpu.")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 def _environment(device: torch.device) -> Table:

@@ -18,9 +18,8 @@ from rich.table import Table
 from fused_tdpo.cli import demo_method as method
 from fused_tdpo.cli import demo_smollm2 as smollm2
 from fused_tdpo.cli import demo_swap as swap
-from fused_tdpo.cli._console import refuse, show, table
+from fused_tdpo.cli._console import parse_device, refuse, show, table
 from fused_tdpo.cli._measure import as_bytes, as_time
-from fused_tdpo.cli.check import _device
 
 Section = tuple[tuple[str, ...], list[tuple[str, ...]]]
 """Columns and rows."""
@@ -60,7 +59,7 @@ def demo(
         refuse(f"--out: there is no directory {str(out.parent)!r}; make it, or name another")
     if find_spec("matplotlib") is None:
         refuse("the picture needs matplotlib: pip install 'fused-tdpo[demo]'")
-    where = _device(device)
+    where = parse_device(device)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     title = f"{name}, torch {torch.__version__}"
     if model is Model.SMOLLM2:

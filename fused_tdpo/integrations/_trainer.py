@@ -94,7 +94,7 @@ class PreferenceTrainerMixin:
     """The reference; None: the policy's own base model, with its adapters off or its adapter "ref" on; or precomputed."""
 
     def set_up_loss(self, loss: LinearPreferenceLoss) -> None:
-        """Reads the heads of both models, and teaches both to run the loss.
+        """Reads the heads of both models, and teaches both to run the loss. Turns dropout off, where that is asked for.
 
         Raises:
             TypeError, ValueError: what cannot be trained in this way, and the next step.
@@ -113,6 +113,9 @@ class PreferenceTrainerMixin:
             )
         if trainer.args.accelerator_config.dispatch_batches:
             raise ValueError("dispatch_batches=True is not supported: each process must make its own batches; set it to False")
+        for model in (trainer.model, self.ref_model) if trainer.args.disable_dropout else ():
+            if model is not None:
+                disable_dropout(model)
         self.loss = loss
         trainer.model_accepts_loss_kwargs = False  # transformers < 5.19 asks this about gradient accumulation
         policy = unwrap(trainer.model)
@@ -204,16 +207,15 @@ class PreferenceTrainerMixin:
         """Adds the metrics of a batch, of all processes, to those that the next `log` reports. Does not wait for the device."""
         trainer: Any = self
         mode, device = "train" if trainer.model.training else "eval", out.loss.device
-        counts = _token_counts(batch)
-        weights = {name: counts[SIDE[name]] if name in SIDE else len(out.losses) for name in out.metrics}
         tokens = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
 
         def number(value: Any) -> Tensor:  # filled on the device: copying a number there would wait for it
             return value.to(device).double() if isinstance(value, Tensor) else torch.full_like(out.loss, value).double()
 
-        row = [number(weights[name]) for name in out.metrics]
-        values = [number(value) * weight for value, weight in zip(out.metrics.values(), row, strict=True)]
-        mine = torch.stack([*values, *row, number(tokens)]).detach()
+        counts, pairs = {side: number(count) for side, count in _token_counts(batch).items()}, number(len(out.losses))
+        weights = [counts[SIDE[name]] if name in SIDE else pairs for name in out.metrics]
+        values = [number(value) * weight for value, weight in zip(out.metrics.values(), weights, strict=True)]
+        mine = torch.stack([*values, *weights, number(tokens)]).detach()
         everyone = trainer.accelerator.gather(mine[None]).sum(0)
         self._names = list(out.metrics)
         self._totals[mode] = self._totals.get(mode, 0) + everyone[:-1]

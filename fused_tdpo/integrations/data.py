@@ -45,9 +45,9 @@ def check_pairs(rows: Iterable[Mapping[str, Any]], strict: bool = True) -> None:
         )
 
 
-def is_tokenized(row: Mapping[str, Any]) -> bool:
+def is_tokenized(row: Any) -> bool:
     """Whether a row holds ids rather than text."""
-    return any(name in row for name in IDS)
+    return isinstance(row, Mapping) and any(name in row for name in IDS)
 
 
 def _problems(row: Any, strict: bool, kinds: set[bool]) -> Iterable[tuple[str, str]]:

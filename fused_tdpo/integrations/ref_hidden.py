@@ -24,7 +24,6 @@ import shutil
 from bisect import bisect_right
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
@@ -328,9 +327,7 @@ def _states(trainer: Any, batch: Mapping[str, Any]) -> Tensor:
     labels, cu_seqlens = inputs.pop("labels"), inputs.pop("cu_seqlens", None)
     inputs.pop("valid_rows", None)
     counts = counting_positions(labels, cu_seqlens, trainer.loss.ignore_index)
-    # accelerate puts its autocast around a policy when training begins, and around a ref_model sooner, or not at all
-    with trainer.accelerator.autocast() if trainer.ref_model is None else nullcontext():
-        hidden, _ = trainer.reference_hidden(inputs)
+    hidden, _ = trainer.reference_hidden(inputs)
     return hidden.flatten(0, 1)[counts.to(hidden.device)]
 
 

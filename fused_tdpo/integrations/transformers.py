@@ -19,7 +19,7 @@ except ImportError as error:
     raise ImportError("this trainer needs transformers and accelerate: pip install 'fused-tdpo[trainer]'") from error
 
 from fused_tdpo.heads import backbone, call, eval_mode, unwrap
-from fused_tdpo.integrations._trainer import PreferenceTrainerMixin, TDPOArguments, disable_dropout
+from fused_tdpo.integrations._trainer import PreferenceTrainerMixin, TDPOArguments
 from fused_tdpo.integrations.data import IDS, PreferenceCollator, check_pairs, drop_long_prompts, is_tokenized, tokenize_pairs
 
 
@@ -107,9 +107,6 @@ class TDPOTrainer(PreferenceTrainerMixin, Trainer):
             ref_model = model if args.precompute_ref_hidden else copy.deepcopy(model)  # as it is before training
         if is_peft and args.gradient_checkpointing:
             model.enable_input_require_grads()
-        for either in (model, ref_model):
-            if args.disable_dropout and either is not None:
-                disable_dropout(either)
         batching: Any = args.accelerator_config
         if batching.dispatch_batches is None:  # accelerate would cut batches of iterable datasets apart, which ours cannot be
             batching.dispatch_batches = False
@@ -199,9 +196,9 @@ def _prepared(dataset: Any, tokenizer: Any, args: TDPOConfig) -> Any:
         )
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
         return dataset
+    if tokenizer is not None and not is_tokenized(dataset[0]):
+        return tokenize_pairs(dataset, tokenizer, args.max_length, progress=not args.disable_tqdm)
     check_pairs(dataset)
-    if is_tokenized(dataset[0]):
-        return drop_long_prompts(dataset, args.max_length)
-    if tokenizer is None:
+    if not is_tokenized(dataset[0]):
         raise ValueError("rows of text need a tokenizer: pass processing_class=AutoTokenizer.from_pretrained(...)")
-    return tokenize_pairs(dataset, tokenizer, args.max_length, progress=not args.disable_tqdm)
+    return drop_long_prompts(dataset, args.max_length)

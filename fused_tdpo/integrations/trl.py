@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise ImportError("this trainer needs TRL: pip install 'fused-tdpo[trl]'") from error
 
-from fused_tdpo.integrations._trainer import PreferenceTrainerMixin, TDPOArguments, disable_dropout
+from fused_tdpo.integrations._trainer import PreferenceTrainerMixin, TDPOArguments
 from fused_tdpo.integrations.data import check_pairs
 from fused_tdpo.linear_losses import LinearPreferenceLoss
 
@@ -120,9 +120,6 @@ class TDPOTrainer(PreferenceTrainerMixin, DPOTrainer):
                 if isinstance(part, Dataset) and not {"image", "images"} & set(part.column_names):
                     check_pairs(part, strict=False)
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, **options)
-        for either in (self.model, self.ref_model):
-            if args.disable_dropout and either is not None:
-                disable_dropout(either)
         self.data_collator = _Counting(self.data_collator)
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError(
