@@ -31,8 +31,8 @@ lint: $(call installed,test)
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 
-# threads that have nothing to do sleep rather than spin, which costs minutes where something else runs, too
-demo: export OMP_WAIT_POLICY ?= passive
+# threads with nothing to do soon sleep rather than spin, which costs minutes where something else runs, too
+demo: export GOMP_SPINCOUNT ?= 1000
 demo: $(call installed,demo)
 	$(RUN) -m fused_tdpo demo $(ARGS)
 

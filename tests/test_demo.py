@@ -194,11 +194,19 @@ def test_the_loss_of_the_language_model_leaves_padding_out(model):
     assert_relative("loss", both, (4 * alone[0] + 2 * alone[1]) / 6, 1e-5)
 
 
+@pytest.mark.slow
+def test_processes_change_no_number(reviews):
+    settings = replace(demo_method.QUICK, steps=2, looks=1)
+    one, two = (demo_method.run(replace(settings, processes=processes), CPU, 3, silent) for processes in (1, 2))
+    assert one.points == two.points and {point.seed for point in one.points} == {3, 4}
+    kls = [[entry["kl/rejected"] for entry in result.history] for result in (one, two)]
+    assert kls[0] == kls[1] and len(kls[0]) == 2 * 3 * 2
+
+
 def test_threads_are_as_before(monkeypatch):
-    torch.set_num_threads(2)
     monkeypatch.setattr(demo_method, "_run", lambda *arguments: torch.get_num_threads())
-    assert demo_method.run(demo_method.QUICK, CPU, 0, silent) == 1
-    assert torch.get_num_threads() == 2
+    assert demo_method.run(replace(demo_method.QUICK, threads=2), CPU, 0, silent) == 2
+    assert torch.get_num_threads() == 1
 
 
 def result_of(points: dict[str, list[tuple[float, float]]]) -> demo_method.Result:

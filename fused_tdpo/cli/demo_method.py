@@ -7,9 +7,11 @@ TDPO1 and TDPO2 train it on those, by `fused_tdpo.integrations.transformers.TDPO
 import copy
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from inspect import signature
 from itertools import pairwise
+from multiprocessing import get_context
 from statistics import fmean
 from typing import Any
 
@@ -40,30 +42,42 @@ class Settings:
     """Sizes of the experiment."""
 
     reviews: int = 20_000
-    vocabulary: int = 2000
+    vocabulary: int = 1200
     hidden: int = 96
-    lm_steps: int = 400
+    lm_steps: int = 420
     lm_batch: int = 64
-    prompts: int = 1300
+    prompts: int = 1100
     candidates: int = 4
     """Sentences written to each prompt, of which the best and the worst become a pair."""
     gap: float = 0.1
     """Least difference of their rewards."""
-    steps: int = 100
+    steps: int = 80
     batch: int = 32
     """Pairs of a step."""
-    learning_rate: float = 7e-4
+    learning_rate: float = 6e-4
     looks: int = 4
     """How many times a policy is looked at while it trains."""
-    samples: int = 384
+    samples: int = 256
     """Sentences it writes for that; and prompts of held-out pairs."""
     seeds: int = 2
-    threads: int = 1
-    """On a CPU: the products are small, and the numbers are the same on any number of cores."""
+    threads: int = 2
+    """On a CPU, until training, which takes one: products are small, and numbers the same on any number of cores."""
+    processes: int = 2
+    """On a CPU, that share the seeds."""
 
 
 QUICK = Settings(
-    reviews=1500, vocabulary=300, hidden=32, lm_steps=30, prompts=80, steps=4, batch=8, looks=2, samples=32, seeds=2
+    reviews=1500,
+    vocabulary=300,
+    hidden=32,
+    lm_steps=30,
+    prompts=80,
+    steps=4,
+    batch=8,
+    looks=2,
+    samples=32,
+    threads=1,
+    processes=1,
 )
 
 
@@ -279,7 +293,7 @@ def train(
 
 
 def run(settings: Settings, device: torch.device, seed: int, say: Say) -> Result:
-    """The whole experiment. On a CPU it runs in `settings.threads` threads.
+    """The whole experiment.
 
     Raises:
         ImportError: a package is missing; the message says how to install it.
@@ -297,14 +311,14 @@ def _run(settings: Settings, device: torch.device, seed: int, say: Say) -> Resul
     result, held_out = Result(settings), 2 * settings.samples
     say("reading reviews", 0.0)
     corpus = make_corpus(read_reviews()[: settings.reviews], settings.vocabulary)
-    say("learning the reward", 0.05)
+    say("learning the reward", 0.04)
     reward, accuracy = train_reward(corpus, held_out)
     reward = reward.to(device)
     torch.manual_seed(seed)
     base = new_model(settings).to(device)
-    nats = train_lm(base, corpus, held_out, settings, lambda share: say("learning the language", 0.08 + 0.17 * share))
+    nats = train_lm(base, corpus, held_out, settings, lambda share: say("learning the language", 0.06 + 0.24 * share))
 
-    say("writing pairs", 0.25)
+    say("writing pairs", 0.3)
     prompts = torch.tensor([sentence.ids[:PROMPT] for sentence in corpus.sentences], device=device)
     fresh, old = prompts[-settings.samples :], prompts[-held_out : -settings.samples]
     pairs = make_pairs(base, reward, prompts[: settings.prompts], settings)
@@ -317,19 +331,53 @@ def _run(settings: Settings, device: torch.device, seed: int, say: Say) -> Resul
         f"{len(pairs):,} pairs of its own sentences; {settings.seeds} seeds"
     )
 
-    looks = {round(settings.steps * (i + 1) / settings.looks) for i in range(settings.looks)}
-    runs = [(method, seed + i) for i in range(settings.seeds) for method in METHODS]
-    for number, (method, own_seed) in enumerate(runs):
-
-        def after_step(policy: Any, step: int, number: int = number, method: str = method, own_seed: int = own_seed) -> None:
-            share = (number + step / settings.steps) / len(runs)
-            say(f"{method}, seed {own_seed}: step {step} of {settings.steps}", 0.3 + 0.7 * share)
-            if step in looks:
-                point = look(policy, base, reward, fresh, held_out_pairs)
-                result.points.append(Point(method, own_seed, step, **point))
-
-        every = max(1, settings.steps // 20)
-        logged = train(copy.deepcopy(base), pairs, settings, own_seed, after_step, METHODS[method], every)
-        result.history += [entry | {"method": method, "seed": own_seed} for entry in logged]
+    start = Start(settings, base, reward, pairs, fresh, held_out_pairs)
+    others = [seed + i for i in range(1, settings.seeds)]
+    workers = min(len(others), settings.processes - 1)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    if device.type == "cpu" and workers > 0:
+        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            waiting = [pool.submit(train_all, start, other) for other in others]
+            parts = [train_all(start, seed, say), *(future.result() for future in waiting)]
+    else:
+        parts = [train_all(start, own, say) for own in (seed, *others)]
+    for points, history in parts:
+        result.points += points
+        result.history += history
     say("done", 1.0)
     return result
+
+
+@dataclass(frozen=True)
+class Start:
+    """What every training starts from."""
+
+    settings: Settings
+    base: Any
+    """The model, which is the reference, too."""
+    reward: Reward
+    pairs: list[Pair]
+    fresh: Tensor
+    """Prompts to look at a policy by, (S, `PROMPT`)."""
+    held_out: dict[str, Any]
+    """A batch of pairs for the same."""
+
+
+def train_all(start: Start, seed: int, say: Say = lambda text, share: None) -> tuple[list[Point], list[dict[str, Any]]]:
+    """Points and logs of each of the methods, by one seed."""
+    settings, points, history = start.settings, [], []
+    looks = {round(settings.steps * (i + 1) / settings.looks) for i in range(settings.looks)}
+    for number, (method, variant) in enumerate(METHODS.items()):
+
+        def after_step(policy: Any, step: int, number: int = number, method: str = method) -> None:
+            share = (number + step / settings.steps) / len(METHODS)
+            say(f"{method}, seed {seed}: step {step} of {settings.steps}", 0.5 + 0.49 * share)
+            if step in looks:
+                found = look(policy, start.base, start.reward, start.fresh, start.held_out)
+                points.append(Point(method, seed, step, **found))
+
+        every = max(1, settings.steps // 20)
+        logged = train(copy.deepcopy(start.base), start.pairs, settings, seed, after_step, variant, every)
+        history += [entry | {"method": method, "seed": seed} for entry in logged]
+    return points, history
