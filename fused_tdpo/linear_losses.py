@@ -21,7 +21,7 @@ from fused_tdpo._layout import SequenceLayout
 from fused_tdpo.functions.one_pass import Job, Objective, OnePassFunction, Sums, own_autograd, upload
 from fused_tdpo.functions.token_stats import stats_dtype
 from fused_tdpo.heads import LMHead
-from fused_tdpo.losses import DPOLoss, PreferenceLoss, SequenceSums, TDPOLoss
+from fused_tdpo.losses import DPOLoss, PairLoss, PreferenceLoss, SequenceSums, TDPOLoss
 from fused_tdpo.ops import LinearInputs, linear_inputs, linear_options, linear_stats
 from fused_tdpo.types import Engine, PreferenceOutput
 
@@ -56,8 +56,8 @@ def choose_engine(engine: str, backend: str, obstacle: str | None = None) -> Eng
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class LinearPreferenceLoss(PreferenceLoss):
-    """What LinearTDPOLoss and LinearDPOLoss add to TDPOLoss and DPOLoss: the way from hidden states to a PreferenceOutput."""
+class LinearPairLoss(PairLoss):
+    """The way from hidden states to a PreferenceOutput."""
 
     engine: Literal["auto", "one_pass", "recompute"] = "auto"
     """One pass makes logits once, recompute a second time in backward; auto picks, and the output says which, and why."""
@@ -74,13 +74,149 @@ class LinearPreferenceLoss(PreferenceLoss):
     def obstacle(self, weighted: bool) -> str | None:
         """Why this loss cannot go in one pass, if so. `weighted`: a call with `token_weights`."""
         if self.form().kind == "batch":
-            return f"loss_type={self.loss_type!r} sorts the whole batch, so that the slope of a pair takes all pairs' sums"
-        if "sft" in self.loss_types:
-            if weighted or self.ld_alpha is not None:
-                return "'sft' takes no weights of tokens: beside a log-ratio that does, a row has two directions"
-            if self.kl_slopes()[0]:
-                return "'sft' takes no KL: beside a chosen one with a gradient, a row has two directions"
+            return "it sorts the whole batch, so that the slope of a pair takes all pairs' sums"
+        if self.has_nll and weighted:
+            return "the NLL takes no weights of tokens: beside a log-ratio that does, a row has two directions"
+        if self.has_nll and self.kl_slopes()[0]:
+            return "the NLL takes no KL: beside a chosen one with a gradient, a row has two directions"
         return None
+
+    def _from_hidden(
+        self,
+        inputs: LinearInputs,
+        policy_hidden: Tensor,
+        ref_hidden: Tensor | None,
+        labels: Tensor,
+        layout: SequenceLayout,
+        weights: tuple[Tensor | None, Tensor | None] = (None, None),
+        num_pairs: float | Tensor | None = None,
+        valid_rows: Sequence[int] | Tensor | None = None,
+        ref_logps: Tensor | None = None,
+    ) -> PreferenceOutput:
+        """Everything as the caller gave it, once it was checked."""
+        backend, _ = choose_backend(self.backend, labels.device.type, (inputs.dtype, inputs.ref_dtype or inputs.dtype))
+        engine = choose_engine(self.engine, backend, self.obstacle(weights[0] is not None))
+        labels = layout.shift(labels, self.ignore_index)
+        counts = layout.sum((labels != self.ignore_index).to(stats_dtype(inputs.dtype, inputs.ref_dtype)))
+        lengths = wrong = None
+        if valid_rows is not None:
+            lengths = as_counts(valid_rows, layout.num_sequences, labels.numel())
+            wrong = (counts != upload(lengths, labels.device)).any()
+            if labels.device.type == "cpu" and not torch.compiler.is_compiling() and wrong:
+                expected = counts.long().tolist()
+                raise ValueError(
+                    f"valid_rows must be the numbers of labels that count in each sequence, {expected}; got {lengths}"
+                )
+        options: dict[str, Any] = self.op_options() | {
+            "backend": backend,
+            "max_chunk_bytes": self.max_chunk_bytes,
+            "logits_dtype": self.logits_dtype,
+        }
+        options["divergence"] = as_divergence(options["divergence"], options.pop("divergence_alpha"))
+        if engine.name == "one_pass":
+            # It holds a callable, which no graph can: dynamo must not look inside.
+            one_pass = torch.compiler.disable(self._one_pass) if torch.compiler.is_compiling() else self._one_pass
+            out = one_pass(
+                policy_hidden, ref_hidden, labels, inputs, layout, counts, weights, lengths, ref_logps, num_pairs, options,
+            )  # fmt: skip
+        else:
+            stats = linear_stats(
+                policy_hidden, ref_hidden, labels, inputs, valid_rows=None if lengths is None else sum(lengths),
+                extras=self.statistics, kl_gradient=any(self.kl_slopes()), **options,
+            )  # fmt: skip
+            out = self._from_stats(stats, labels, layout, *weights, ref_logps, num_pairs)
+        if wrong is not None:
+            out = out._replace(loss=out.loss * torch.where(wrong, float("nan"), 1.0).to(out.loss.dtype))
+        return out._replace(engine=engine)
+
+    def _one_pass(
+        self,
+        policy_hidden: Tensor,
+        ref_hidden: Tensor | None,
+        labels: Tensor,
+        inputs: LinearInputs,
+        layout: SequenceLayout,
+        counts: Tensor,
+        weights: tuple[Tensor | None, Tensor | None],
+        lengths: list[int] | None,
+        ref_logps: Tensor | None,
+        num_pairs: float | Tensor | None,
+        options: dict[str, Any],
+    ) -> PreferenceOutput:
+        """Takes the loss apart for the engine, and puts its sums together. `labels` are shifted, `counts` those that count in
+        each sequence, `lengths` the same on the host; everything else as it came."""
+        policy, ref = inputs.policy, inputs.ref
+        check_labels = options.pop("check_labels")
+        static = linear_options(policy_hidden, inputs, both=False, **options)
+        known = host_counts(counts.long()) if lengths is None else lengths
+        if min(known, default=0) < 0:  # of NaN, by which the layout marks them
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of rows, {labels.numel()}")
+        P = len(known) // 2
+        chosen, rejected = (range(0, 2 * P, 2), range(1, 2 * P, 2)) if self.interleaved else (range(P), range(P, 2 * P))
+        sequences = list(zip(chosen, rejected, strict=True))
+        ratios = [1.0] * P
+        form = self.form()
+        if form.by_length or self.averages:
+            ratios = [max(known[w], 1) / max(known[other], 1) for w, other in sequences]
+
+        def by_pair(values: Tensor) -> Tensor:  # (S,) -> (2, P)
+            return values.view(-1, 2).t() if self.interleaved else values.view(2, -1)
+
+        num_tokens, pair_ref_logps = by_pair(counts), None if ref_logps is None else by_pair(ref_logps)
+        mean_tokens = self._mean_tokens(counts)
+
+        def losses(sums: Sums, pairs: Tensor) -> Tensor:
+            totals = self._found(sums, num_tokens[:, pairs])
+            both = self._sequence_sums(totals, None if pair_ref_logps is None else pair_ref_logps[:, pairs])
+            return self.pair_losses(both.map(lambda values: values[0]), both.map(lambda values: values[1]), mean_tokens)
+
+        job = Job(
+            ref=(None, None, None)
+            if ref is None or ref_hidden is None
+            else (ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref.weight, ref.bias),
+            labels=labels.flatten(),
+            sequence_ids=layout.sequence_ids(labels).flatten(),
+            sequences=sequences,
+            lengths=known,
+            objective=Objective(losses, form.kind, self.kl_slopes(), ratios, self._gain(known, inputs.dtype)),  # type: ignore[arg-type]
+            extras=self.statistics,
+            options=static,
+            check_labels=looks_at_labels(check_labels, labels, static.backend),
+            grad_mode=torch.is_grad_enabled(),
+        )
+        w, v = (None if t is None else t.flatten() for t in self._row_weights(*weights, labels, counts, layout))
+        hidden = policy_hidden.reshape(-1, policy_hidden.shape[-1])
+        loss, pair_losses, log_ratio, kl, logp, *more = OnePassFunction.apply(hidden, policy.weight, policy.bias, w, v, job)
+        found = Sums(log_ratio, kl, logp, dict(zip(self.statistics, more, strict=True)))
+        sums = self._sequence_sums(self._found(found, counts), ref_logps)
+        return self._output(sums, pair_losses, num_pairs, found.extras, counts, loss)
+
+    def _found(self, sums: Sums, num_tokens: Tensor) -> SequenceSums:
+        """The engine's sums, as a loss knows them."""
+        return SequenceSums(sums.log_ratio, sums.kl, sums.logp, num_tokens, sums.extras.get("log_sum_sq_probs"))
+
+    def _gain(self, lengths: list[int], dtype: torch.dtype) -> float:
+        """For float16, the power of two that brings the largest slope of pairs of these lengths, where policy and reference are
+        equal, into (1/2, 1]; 1 for what has exponents enough."""
+        if dtype != torch.float16 or not lengths:
+            return 1.0
+        with own_autograd():
+            zero = torch.zeros(len(lengths), dtype=torch.float64, requires_grad=True)
+            num_tokens, no = torch.tensor(lengths).double(), zero.detach()
+            sums = self._sequence_sums(SequenceSums(zero, no, zero, num_tokens, no), None)
+            losses = self.pair_losses(*sums.split(self.interleaved), self._mean_tokens(num_tokens))
+            (slopes,) = torch.autograd.grad(losses.sum(), zero)
+        largest = float(slopes.abs().max())
+        return 2.0 ** -ceil(log2(largest)) if largest > 0 else 1.0
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class LinearPreferenceLoss(LinearPairLoss, PreferenceLoss):
+    """What LinearTDPOLoss and LinearDPOLoss add to TDPOLoss and DPOLoss."""
+
+    def obstacle(self, weighted: bool) -> str | None:
+        reason = super().obstacle(weighted or self.ld_alpha is not None)
+        return None if reason is None else f"with loss_type={self.loss_type!r} {reason}"
 
     def forward(  # type: ignore[override]
         self,
@@ -117,126 +253,10 @@ class LinearPreferenceLoss(PreferenceLoss):
             TypeError, ValueError: arguments that do not fit together; nothing has been computed then.
         """
         inputs = linear_inputs(policy_hidden, policy_head, ref_hidden, ref_head, labels, self.vocab_size)
-        layout = self._layout(labels, cu_seqlens, token_weights, kl_weights, ref_logps, num_pairs)
+        layout = self._layout_of(labels, cu_seqlens, token_weights, kl_weights, ref_logps, num_pairs)
         self._check_reference("ref_hidden", ref_hidden, kl_weights, ref_logps)
-        backend, _ = choose_backend(self.backend, labels.device.type, (inputs.dtype, inputs.ref_dtype or inputs.dtype))
-        engine = choose_engine(self.engine, backend, self.obstacle(token_weights is not None))
-        labels = layout.shift(labels, self.ignore_index)
-        counts = layout.sum((labels != self.ignore_index).to(stats_dtype(inputs.dtype, inputs.ref_dtype)))
-        lengths = wrong = None
-        if valid_rows is not None:
-            lengths = as_counts(valid_rows, layout.num_sequences, labels.numel())
-            wrong = (counts != upload(lengths, labels.device)).any()
-            if labels.device.type == "cpu" and not torch.compiler.is_compiling() and wrong:
-                expected = counts.long().tolist()
-                raise ValueError(
-                    f"valid_rows must be the numbers of labels that count in each sequence, {expected}; got {lengths}"
-                )
-        options: dict[str, Any] = {
-            "ignore_index": self.ignore_index,
-            "temperature": self.temperature,
-            "divergence": as_divergence(self.divergence, self.divergence_alpha),
-            "check_labels": self.check_labels,
-            "backend": backend,
-            "max_chunk_bytes": self.max_chunk_bytes,
-            "logits_dtype": self.logits_dtype,
-        }
-        if engine.name == "one_pass":
-            # It holds a callable, which no graph can: dynamo must not look inside.
-            one_pass = torch.compiler.disable(self._one_pass) if torch.compiler.is_compiling() else self._one_pass
-            out = one_pass(
-                policy_hidden, ref_hidden, labels, inputs, layout, counts, (token_weights, kl_weights), lengths, ref_logps,
-                num_pairs, options,
-            )  # fmt: skip
-        else:
-            stats = linear_stats(
-                policy_hidden, ref_hidden, labels, inputs, valid_rows=None if lengths is None else sum(lengths),
-                extras=self.statistics, kl_gradient=any(self.kl_slopes()), **options,
-            )  # fmt: skip
-            out = self._from_stats(stats, labels, layout, token_weights, kl_weights, ref_logps, num_pairs)
-        if wrong is not None:
-            out = out._replace(loss=out.loss * torch.where(wrong, float("nan"), 1.0).to(out.loss.dtype))
-        return out._replace(engine=engine)
-
-    def _one_pass(
-        self,
-        policy_hidden: Tensor,
-        ref_hidden: Tensor | None,
-        labels: Tensor,
-        inputs: LinearInputs,
-        layout: SequenceLayout,
-        counts: Tensor,
-        weights: tuple[Tensor | None, Tensor | None],
-        lengths: list[int] | None,
-        ref_logps: Tensor | None,
-        num_pairs: float | Tensor | None,
-        options: dict[str, Any],
-    ) -> PreferenceOutput:
-        """Takes the loss apart for the engine, and puts its sums together. `labels` are shifted, `counts` those that count in
-        each sequence, `lengths` the same on the host; everything else as it came."""
-        policy, ref = inputs.policy, inputs.ref
-        check_labels = options.pop("check_labels")
-        static = linear_options(policy_hidden, inputs, both=False, **options)
-        known = host_counts(counts.long()) if lengths is None else lengths
-        if min(known, default=0) < 0:  # of NaN, by which the layout marks them
-            raise ValueError(f"cu_seqlens must rise from 0 to the number of rows, {labels.numel()}")
-        P = len(known) // 2
-        chosen, rejected = (range(0, 2 * P, 2), range(1, 2 * P, 2)) if self.interleaved else (range(P), range(P, 2 * P))
-        sequences = list(zip(chosen, rejected, strict=True))
-        ratios = [1.0] * P
-        form = self.form()
-        if form.by_length or self.average_log_prob:
-            ratios = [max(known[w], 1) / max(known[other], 1) for w, other in sequences]
-
-        def by_pair(values: Tensor) -> Tensor:  # (S,) -> (2, P)
-            return values.view(-1, 2).t() if self.interleaved else values.view(2, -1)
-
-        num_tokens, pair_ref_logps = by_pair(counts), None if ref_logps is None else by_pair(ref_logps)
-        mean_tokens = self._mean_tokens(counts)
-
-        def losses(sums: Sums, pairs: Tensor) -> Tensor:
-            totals = self._totals(sums, num_tokens[:, pairs])
-            both = self._sequence_sums(totals, None if pair_ref_logps is None else pair_ref_logps[:, pairs])
-            return self.pair_losses(both.map(lambda values: values[0]), both.map(lambda values: values[1]), mean_tokens)
-
-        job = Job(
-            ref=(None, None, None)
-            if ref is None or ref_hidden is None
-            else (ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref.weight, ref.bias),
-            labels=labels.flatten(),
-            sequence_ids=layout.sequence_ids(labels).flatten(),
-            sequences=sequences,
-            lengths=known,
-            objective=Objective(losses, form.kind, self.kl_slopes(), ratios, self._gain(known, inputs.dtype)),  # type: ignore[arg-type]
-            extras=self.statistics,
-            options=static,
-            check_labels=looks_at_labels(check_labels, labels, static.backend),
-            grad_mode=torch.is_grad_enabled(),
-        )
-        w, v = (None if t is None else t.flatten() for t in self._row_weights(*weights, labels, counts, layout))
-        hidden = policy_hidden.reshape(-1, policy_hidden.shape[-1])
-        loss, pair_losses, log_ratio, kl, logp, *more = OnePassFunction.apply(hidden, policy.weight, policy.bias, w, v, job)
-        found = Sums(log_ratio, kl, logp, dict(zip(self.statistics, more, strict=True)))
-        sums = self._sequence_sums(self._totals(found, counts), ref_logps)
-        return self._output(sums, pair_losses, num_pairs, found.extras, counts, loss)
-
-    def _totals(self, sums: Sums, num_tokens: Tensor) -> SequenceSums:
-        """The engine's sums, as a loss knows them."""
-        return SequenceSums(sums.log_ratio, sums.kl, sums.logp, num_tokens, sums.extras.get("log_sum_sq_probs"))
-
-    def _gain(self, lengths: list[int], dtype: torch.dtype) -> float:
-        """For float16, the power of two that brings the largest slope of pairs of these lengths, where policy and reference are
-        equal, into (1/2, 1]; 1 for what has exponents enough."""
-        if dtype != torch.float16 or not lengths:
-            return 1.0
-        with own_autograd():
-            zero = torch.zeros(len(lengths), dtype=torch.float64, requires_grad=True)
-            num_tokens, no = torch.tensor(lengths).double(), zero.detach()
-            sums = self._sequence_sums(SequenceSums(zero, no, zero, num_tokens, no), None)
-            losses = self.pair_losses(*sums.split(self.interleaved), self._mean_tokens(num_tokens))
-            (slopes,) = torch.autograd.grad(losses.sum(), zero)
-        largest = float(slopes.abs().max())
-        return 2.0 ** -ceil(log2(largest)) if largest > 0 else 1.0
+        weights = (token_weights, kl_weights)
+        return self._from_hidden(inputs, policy_hidden, ref_hidden, labels, layout, weights, num_pairs, valid_rows, ref_logps)
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

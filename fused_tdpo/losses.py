@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from math import inf, isfinite, log, log1p
 from numbers import Real
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -310,36 +310,16 @@ PAIR_FORMS: dict[str, Form] = {
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class PreferenceLoss(nn.Module):
-    """What TDPOLoss and DPOLoss share: options, and the way from logits to a PreferenceOutput.
+class SequenceLoss(nn.Module):
+    """What all losses share: the options of the op, and the way from statistics of tokens to sums over sequences.
 
     The fields are the constructor's arguments (a dataclass writes each option once); `beta` may be positional.
     """
 
     beta: float = field(default=0.1, kw_only=False)
     """Inverse temperature of the implicit reward, > 0."""
-    loss_type: str | Sequence[str] = "sigmoid"
-    """A key of `PAIR_LOSSES`; or several, whose losses are added (MPO, arXiv 2411.10442)."""
-    loss_weights: Sequence[float] | None = None
-    """Of the losses that `loss_type` names; None for 1."""
-    label_smoothing: float = 0.0
-    """Assumed share of swapped pairs, in [0, 0.5), for the loss types in `SMOOTHED`; "exo_pair" needs one > 0."""
-    discopop_tau: float = 0.05
-    """Temperature of "discopop", > 0."""
-    ld_alpha: float | None = None
-    """LD-DPO (arXiv 2409.06411): weight, in [0, 1], of tokens beyond the length of the pair's shorter one, in ρ and K."""
-    use_weighting: bool = False
-    """WPO (arXiv 2406.11827, eq. 2): weigh a pair by exp of mean_t(log p(y) − log Σ p²) of both sequences, a constant."""
-    average_log_prob: bool = False
-    """Divide ρ, K and the reported log-probabilities by the sequence's number of tokens that are not ignored (at least 1)."""
-    interleaved: bool = False
-    """Sequences 0, 2, ... are chosen and 1, 3, ... rejected, instead of all chosen ones first."""
     reduction: Literal["mean", "sum"] = "mean"
-    """Over pairs."""
-    divergence: str = "forward_kl"
-    """The per-token divergence that K sums, as in `token_stats`. DPO only reports it."""
-    divergence_alpha: float | None = None
-    """Its order, for `divergence="alpha"`."""
+    """Over what `losses` holds: pairs, or sequences."""
     ignore_index: int = -100
     """The label of positions that do not count: prompt and padding."""
     temperature: float = 1.0
@@ -358,11 +338,284 @@ class PreferenceLoss(nn.Module):
     def __post_init__(self) -> None:
         super().__init__()
         _check_number("beta", self.beta, lambda beta: beta > 0, "> 0")
-        _check_number("label_smoothing", self.label_smoothing, lambda share: 0 <= share < 0.5, "in [0, 0.5)")
-        _check_number("discopop_tau", self.discopop_tau, lambda tau: tau > 0, "> 0")
-        if self.ld_alpha is not None:
-            _check_number("ld_alpha", self.ld_alpha, lambda alpha: 0 <= alpha <= 1, "in [0, 1], or None")
-        self._check_loss_types()
+        _check_choice("reduction", self.reduction, ("mean", "sum"))
+
+        # the op's own options, by its own checks: on an empty batch, whose vocabulary is as wide as vocab_size asks
+        logits = torch.empty(0, max(self.vocab_size or 1, 1), device="meta")
+        labels = torch.empty(0, dtype=torch.int64, device="meta")
+        options = self.op_options()
+        check_token_stats(
+            logits, logits, labels, self.temperature, self.vocab_size, options["divergence"], options["divergence_alpha"],
+            self.extras,
+        )  # fmt: skip
+        known = {extra: None for extra, _ in TOKEN_METRICS.values()}
+        if not known.keys() >= set(self.extras):
+            raise ValueError(
+                f"extras of a loss become metrics, which {', '.join(map(repr, known))} do; got {self.extras!r}. Call the op "
+                "for other statistics."
+            )
+        choose_backend(self.backend, "cuda", ())
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{option.name}={getattr(self, option.name)!r}" for option in fields(self))
+
+    def op_options(self) -> dict[str, Any]:
+        """What both ops take from the loss."""
+        return {
+            "ignore_index": self.ignore_index,
+            "temperature": self.temperature,
+            "divergence": "forward_kl",
+            "divergence_alpha": None,
+            "check_labels": self.check_labels,
+            "backend": self.backend,
+        }
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The extras that the op has to compute."""
+        return tuple(self.extras)
+
+    def _layout(self, labels: Tensor, cu_seqlens: Tensor | None, **like_labels: Tensor | None) -> SequenceLayout:
+        """Of the labels, with which the other arguments of a call must go together."""
+        layout = SequenceLayout(labels, cu_seqlens)
+        for name, tensor in like_labels.items():
+            _check_like(name, tensor, labels.shape, labels)
+        return layout
+
+    def _stats(self, policy_logits: Tensor, ref_logits: Tensor | None, labels: Tensor) -> TokenStats:
+        """Of logits and shifted labels."""
+        return token_stats(
+            policy_logits,
+            ref_logits,
+            labels,
+            vocab_size=self.vocab_size,
+            extras=self.statistics,
+            inplace_backward=self.inplace_backward,
+            **self.op_options(),
+        )
+
+    def _check_shape(self, policy_logits: Tensor, labels: Tensor, order: str) -> None:
+        if labels.shape != policy_logits.shape[:-1] or labels.device != policy_logits.device:
+            raise ValueError(
+                f"labels must have shape {tuple(policy_logits.shape[:-1])} on {policy_logits.device}, one for each position of "
+                f"policy_logits {describe(policy_logits)}; got {describe(labels)}. The order is ({order}); pass logits and "
+                "labels as the model has them, since the loss itself shifts the labels."
+            )
+
+    def _check_count(self, name: str, value: float | Tensor | None) -> None:
+        """Of what a mean is divided by."""
+        if value is not None and self.reduction == "sum":
+            raise ValueError(f"{name} is what a mean divides by, and reduction='sum' does not divide; use reduction='mean'")
+        if isinstance(value, Tensor) and value.dim():
+            raise ValueError(f"{name} must be a number or a 0-dim tensor; got {describe(value)}")
+        if value is not None and not isinstance(value, Tensor) and not value > 0:
+            raise ValueError(f"{name} must be > 0; got {value}")
+
+    def _row_weights(
+        self,
+        token_weights: Tensor | None,
+        kl_weights: Tensor | None,
+        labels: Tensor,
+        num_tokens: Tensor,
+        layout: SequenceLayout,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of log-ratios and of divergences, as already shifted `labels`; those of positions that do not count are left out,
+        whatever they hold."""
+        counted = labels != self.ignore_index
+        tail = self._tail_weights(counted, num_tokens, layout)
+
+        def rows(weights: Tensor | None) -> Tensor | None:
+            if weights is None:
+                return tail
+            weights = layout.shift(weights, 0).to(num_tokens.dtype).where(counted, 0.0)
+            return weights if tail is None else weights * tail
+
+        return rows(token_weights), rows(kl_weights)
+
+    def _tail_weights(self, counted: Tensor, num_tokens: Tensor, layout: SequenceLayout) -> Tensor | None:
+        """Further weights of rows that a method has of its own."""
+        return None
+
+    def _totals(
+        self,
+        stats: TokenStats,
+        labels: Tensor,
+        layout: SequenceLayout,
+        token_weights: Tensor | None,
+        kl_weights: Tensor | None,
+    ) -> SequenceSums:
+        """From statistics of already shifted labels, the weights as the caller gave them."""
+        num_tokens = layout.sum((labels != self.ignore_index).to(stats.logp.dtype))
+        w, v = self._row_weights(token_weights, kl_weights, labels, num_tokens, layout)
+
+        def total(values: Tensor, weights: Tensor | None = None) -> Tensor:
+            return layout.sum(values if weights is None else values * weights)
+
+        return SequenceSums(
+            log_ratio=total(stats.logp if stats.ref_logp is None else stats.logp - stats.ref_logp, w),
+            kl=None if stats.kl is None else total(stats.kl, v),
+            logp=total(stats.logp),
+            num_tokens=num_tokens,
+            log_sum_sq_probs=None if stats.log_sum_sq_probs is None else total(stats.log_sum_sq_probs),
+            ref_logp=None if stats.ref_logp is None else total(stats.ref_logp, w),
+        )
+
+    def _mean(self, losses: Tensor, count: float | Tensor | None, total: Tensor | None = None) -> Tensor:
+        """The loss, from those of pairs or sequences, of which `total`, if given, is the sum that carries the gradient."""
+        loss = losses.sum() if total is None else total
+        if self.reduction == "sum":
+            return loss
+        return (loss / (max(len(losses), 1) if count is None else count)).to(losses.dtype)
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class PairLoss(SequenceLoss):
+    """What losses of pairs share: S = 2P sequences become P losses, and a PreferenceOutput."""
+
+    interleaved: bool = False
+    """Sequences 0, 2, ... are chosen and 1, 3, ... rejected, instead of all chosen ones first."""
+
+    def form(self) -> Form:
+        """Of the loss as a whole."""
+        raise NotImplementedError
+
+    @property
+    def has_nll(self) -> bool:
+        """Whether the chosen sequence's unweighted log-probability is part of it, beside the log-ratios."""
+        return False
+
+    @property
+    def averages(self) -> bool:
+        """Whether sums over a sequence are divided by its number of tokens."""
+        return False
+
+    def log_ratios(self, chosen: SequenceSums, rejected: SequenceSums) -> tuple[Tensor, Tensor]:
+        """Effective log-ratios (P,), (P,) that the pair loss compares."""
+        return chosen.log_ratio, rejected.log_ratio
+
+    def reward_log_ratios(self, chosen: SequenceSums, rejected: SequenceSums) -> tuple[Tensor, Tensor]:
+        """Log-ratios (P,), (P,) whose β-fold is reported as rewards."""
+        return self.log_ratios(chosen, rejected)
+
+    def pair_losses(self, chosen: SequenceSums, rejected: SequenceSums, mean_tokens: Tensor | float = 1.0) -> Tensor:
+        """(P,) differentiable losses. `mean_tokens`: of the batch's chosen sequences, () or a number; an NLL divides by it."""
+        raise NotImplementedError
+
+    def more_metrics(self, chosen: SequenceSums, rejected: SequenceSums) -> dict[str, Tensor]:
+        """Name -> (P,): what a family of losses reports besides."""
+        return {}
+
+    def kl_slopes(self) -> tuple[float, float]:
+        """How the effective log-ratios of a chosen and of a rejected sequence change with its K, where ρ changes them by 1."""
+        return 0.0, 0.0
+
+    def _pair_layout(
+        self, labels: Tensor, cu_seqlens: Tensor | None, num_pairs: float | Tensor | None, **like_labels: Tensor | None
+    ) -> SequenceLayout:
+        layout = self._layout(labels, cu_seqlens, **like_labels)
+        if layout.num_sequences % 2:
+            raise ValueError(
+                f"each pair needs a chosen and a rejected sequence, so their number must be even; got {layout.num_sequences} "
+                f"from labels {describe(labels)}"
+            )
+        self._check_count("num_pairs", num_pairs)
+        return layout
+
+    def _from_stats(
+        self,
+        stats: TokenStats,
+        labels: Tensor,
+        layout: SequenceLayout,
+        token_weights: Tensor | None = None,
+        kl_weights: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        num_pairs: float | Tensor | None = None,
+    ) -> PreferenceOutput:
+        """From statistics of already shifted labels, the rest as the caller gave it."""
+        totals = self._totals(stats, labels, layout, token_weights, kl_weights)
+        sums = self._sequence_sums(totals, ref_logps)
+        losses = self.pair_losses(*sums.split(self.interleaved), self._mean_tokens(totals.num_tokens))
+        extras = {name: layout.sum(getattr(stats, name)) for name in self.extras}
+        return self._output(sums, losses, num_pairs, extras, totals.num_tokens)
+
+    def _mean_tokens(self, num_tokens: Tensor) -> Tensor | float:
+        """Of (S,) numbers of tokens, the mean of the chosen ones; 1 where sums are means already."""
+        chosen, _ = split(num_tokens, self.interleaved)
+        return 1.0 if self.averages else chosen.sum().clamp(min=1) / max(len(chosen), 1)
+
+    def _sequence_sums(self, totals: SequenceSums, ref_logps: Tensor | None) -> SequenceSums:
+        """From sums over the tokens of each sequence: means of them if the loss `averages`, less `ref_logps`."""
+        num_tokens = totals.num_tokens.clamp(min=1)
+        sums = totals._replace(num_tokens=num_tokens)
+        if self.averages:
+            sums = sums.map(lambda total: total / num_tokens)
+        if ref_logps is not None:
+            ref_logp = ref_logps.detach().to(sums.log_ratio.dtype)
+            sums = sums._replace(log_ratio=sums.log_ratio - ref_logp, ref_logp=ref_logp)
+        return sums
+
+    def _output(
+        self,
+        sums: SequenceSums,
+        losses: Tensor,
+        num_pairs: float | Tensor | None,
+        extras: dict[str, Tensor],
+        num_tokens: Tensor,
+        loss: Tensor | None = None,
+    ) -> PreferenceOutput:
+        """From sums, losses (P,), what `token_metrics` takes and, where losses carry no gradient, their sum `loss`."""
+        pairs = max(len(losses), 1)
+        chosen, rejected = sums.map(Tensor.detach).split(self.interleaved)
+        chosen_rewards, rejected_rewards = (self.beta * ratio for ratio in self.reward_log_ratios(chosen, rejected))
+        reported = {
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).to(losses.dtype),
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "logps/chosen": chosen.logp,
+            "logps/rejected": rejected.logp,
+        }
+        reported |= self.more_metrics(chosen, rejected)
+        if chosen.kl is not None and rejected.kl is not None:
+            reported |= {"kl/chosen": chosen.kl, "kl/rejected": rejected.kl, "kl/margin": chosen.kl - rejected.kl}
+        return PreferenceOutput(
+            loss=self._mean(losses, num_pairs, loss),
+            losses=losses.detach(),
+            chosen_rewards=chosen_rewards,
+            rejected_rewards=rejected_rewards,
+            chosen_logps=chosen.logp,
+            rejected_logps=rejected.logp,
+            chosen_kl=chosen.kl,
+            rejected_kl=rejected.kl,
+            metrics={name: values.sum() / pairs for name, values in reported.items()}
+            | token_metrics(extras, num_tokens, self.interleaved),
+        )
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class PreferenceLoss(PairLoss):
+    """What TDPOLoss and DPOLoss share: the table of pair losses, on log-ratios of a policy and a reference."""
+
+    loss_type: str | Sequence[str] = "sigmoid"
+    """A key of `PAIR_LOSSES`; or several, whose losses are added (MPO, arXiv 2411.10442)."""
+    loss_weights: Sequence[float] | None = None
+    """Of the losses that `loss_type` names; None for 1."""
+    label_smoothing: float = 0.0
+    """Assumed share of swapped pairs, in [0, 0.5), for the loss types in `SMOOTHED`; "exo_pair" needs one > 0."""
+    discopop_tau: float = 0.05
+    """Temperature of "discopop", > 0."""
+    ld_alpha: float | None = None
+    """LD-DPO (arXiv 2409.06411): weight, in [0, 1], of tokens beyond the length of the pair's shorter one, in ρ and K."""
+    use_weighting: bool = False
+    """WPO (arXiv 2406.11827, eq. 2): weigh a pair by exp of mean_t(log p(y) − log Σ p²) of both sequences, a constant."""
+    average_log_prob: bool = False
+    """Divide ρ, K and the reported log-probabilities by the sequence's number of tokens that are not ignored (at least 1)."""
+    divergence: str = "forward_kl"
+    """The per-token divergence that K sums, as in `token_stats`. DPO only reports it."""
+    divergence_alpha: float | None = None
+    """Its order, for `divergence="alpha"`."""
+
+    def __post_init__(self) -> None:
         if self.reduction == "none":
             raise ValueError(
                 "reduction='none' is not offered: only out.loss is differentiable (out.losses holds the pairs', detached). "
@@ -372,21 +625,12 @@ class PreferenceLoss(nn.Module):
                 "alpha=...), for DPO the log_ratio of each; PAIR_LOSSES[loss_type](Pairs(*ratios, chosen.num_tokens, "
                 "rejected.num_tokens), PairOptions(beta)). All but the op are in fused_tdpo.losses."
             )
-        _check_choice("reduction", self.reduction, ("mean", "sum"))
-
-        # the op's own options, by its own checks: on an empty batch, whose vocabulary is as wide as vocab_size asks
-        logits = torch.empty(0, max(self.vocab_size or 1, 1), device="meta")
-        labels = torch.empty(0, dtype=torch.int64, device="meta")
-        check_token_stats(
-            logits, logits, labels, self.temperature, self.vocab_size, self.divergence, self.divergence_alpha, self.extras
-        )
-        known = {extra: None for extra, _ in TOKEN_METRICS.values()}
-        if not known.keys() >= set(self.extras):
-            raise ValueError(
-                f"extras of a loss become metrics, which {', '.join(map(repr, known))} do; got {self.extras!r}. Call the op "
-                "for other statistics."
-            )
-        choose_backend(self.backend, "cuda", ())
+        super().__post_init__()
+        _check_number("label_smoothing", self.label_smoothing, lambda share: 0 <= share < 0.5, "in [0, 0.5)")
+        _check_number("discopop_tau", self.discopop_tau, lambda tau: tau > 0, "> 0")
+        if self.ld_alpha is not None:
+            _check_number("ld_alpha", self.ld_alpha, lambda alpha: 0 <= alpha <= 1, "in [0, 1], or None")
+        self._check_loss_types()
 
     @property
     def loss_types(self) -> tuple[str, ...]:
@@ -426,8 +670,13 @@ class PreferenceLoss(nn.Module):
         weighted = self.use_weighting and form.kind != "margin"  # by numbers of both sequences
         return Form("pair") if others or weighted else form
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{option.name}={getattr(self, option.name)!r}" for option in fields(self))
+    @property
+    def has_nll(self) -> bool:
+        return "sft" in self.loss_types
+
+    @property
+    def averages(self) -> bool:
+        return self.average_log_prob
 
     def forward(
         self,
@@ -462,39 +711,12 @@ class PreferenceLoss(nn.Module):
         Raises:
             ValueError: arguments that do not fit together; nothing has been computed then.
         """
-        if labels.shape != policy_logits.shape[:-1] or labels.device != policy_logits.device:
-            raise ValueError(
-                f"labels must have shape {tuple(policy_logits.shape[:-1])} on {policy_logits.device}, one for each position of "
-                f"policy_logits {describe(policy_logits)}; got {describe(labels)}. The order is (policy_logits, ref_logits, "
-                "labels); pass logits and labels as the model has them, since the loss itself shifts the labels."
-            )
-        layout = self._layout(labels, cu_seqlens, token_weights, kl_weights, ref_logps, num_pairs)
+        self._check_shape(policy_logits, labels, "policy_logits, ref_logits, labels")
+        layout = self._layout_of(labels, cu_seqlens, token_weights, kl_weights, ref_logps, num_pairs)
         self._check_reference("ref_logits", ref_logits, kl_weights, ref_logps)
-
         labels = layout.shift(labels, self.ignore_index)
-        stats = token_stats(
-            policy_logits,
-            ref_logits,
-            labels,
-            ignore_index=self.ignore_index,
-            temperature=self.temperature,
-            vocab_size=self.vocab_size,
-            divergence=self.divergence,
-            divergence_alpha=self.divergence_alpha,
-            extras=self.statistics,
-            inplace_backward=self.inplace_backward,
-            check_labels=self.check_labels,
-            backend=self.backend,
-        )
+        stats = self._stats(policy_logits, ref_logits, labels)
         return self._from_stats(stats, labels, layout, token_weights, kl_weights, ref_logps, num_pairs)
-
-    def log_ratios(self, chosen: SequenceSums, rejected: SequenceSums) -> tuple[Tensor, Tensor]:
-        """Effective log-ratios (P,), (P,) that the pair loss compares."""
-        return chosen.log_ratio, rejected.log_ratio
-
-    def reward_log_ratios(self, chosen: SequenceSums, rejected: SequenceSums) -> tuple[Tensor, Tensor]:
-        """Log-ratios (P,), (P,) whose β-fold is reported as rewards."""
-        return self.log_ratios(chosen, rejected)
 
     def pair_losses(self, chosen: SequenceSums, rejected: SequenceSums, mean_tokens: Tensor | float = 1.0) -> Tensor:
         """(P,) differentiable losses. `mean_tokens`: of the batch's chosen sequences, () or a number; "sft" divides by it."""
@@ -512,18 +734,12 @@ class PreferenceLoss(nn.Module):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """The extras that the op has to compute."""
         return (*self.extras, "log_sum_sq_probs") if self.use_weighting else tuple(self.extras)
 
-    def more_metrics(self, chosen: SequenceSums, rejected: SequenceSums) -> dict[str, Tensor]:
-        """Name -> (P,): what a family of losses reports besides."""
-        return {}
+    def op_options(self) -> dict[str, Any]:
+        return super().op_options() | {"divergence": self.divergence, "divergence_alpha": self.divergence_alpha}
 
-    def kl_slopes(self) -> tuple[float, float]:
-        """How the effective log-ratios of a chosen and of a rejected sequence change with its K, where ρ changes them by 1."""
-        return 0.0, 0.0
-
-    def _layout(
+    def _layout_of(
         self,
         labels: Tensor,
         cu_seqlens: Tensor | None,
@@ -532,17 +748,8 @@ class PreferenceLoss(nn.Module):
         ref_logps: Tensor | None,
         num_pairs: float | Tensor | None,
     ) -> SequenceLayout:
-        """Of the labels, with which the other arguments of a call must go together."""
-        layout = SequenceLayout(labels, cu_seqlens)
-        if layout.num_sequences % 2:
-            raise ValueError(
-                f"each pair needs a chosen and a rejected sequence, so their number must be even; got {layout.num_sequences} "
-                f"from labels {describe(labels)}"
-            )
-        _check_like("token_weights", token_weights, labels.shape, labels)
-        _check_like("kl_weights", kl_weights, labels.shape, labels)
+        layout = self._pair_layout(labels, cu_seqlens, num_pairs, token_weights=token_weights, kl_weights=kl_weights)
         _check_like("ref_logps", ref_logps, (layout.num_sequences,), labels)
-        self._check_num_pairs(num_pairs)
         return layout
 
     def _check_reference(self, name: str, ref: Tensor | None, kl_weights: Tensor | None, ref_logps: Tensor | None) -> None:
@@ -557,130 +764,16 @@ class PreferenceLoss(nn.Module):
             raise ValueError(f"kl_weights weigh the KL, which does not exist without {name}; pass these, or leave it out")
         check_extras(self.extras, ref is not None, name)
 
-    def _check_num_pairs(self, num_pairs: float | Tensor | None) -> None:
-        if num_pairs is not None and self.reduction == "sum":
-            raise ValueError("num_pairs is what a mean divides by, and reduction='sum' does not divide; use reduction='mean'")
-        if isinstance(num_pairs, Tensor) and num_pairs.dim():
-            raise ValueError(f"num_pairs must be a number or a 0-dim tensor; got {describe(num_pairs)}")
-        if num_pairs is not None and not isinstance(num_pairs, Tensor) and not num_pairs > 0:
-            raise ValueError(f"num_pairs must be > 0; got {num_pairs}")
-
-    def _from_stats(
-        self,
-        stats: TokenStats,
-        labels: Tensor,
-        layout: SequenceLayout,
-        token_weights: Tensor | None,
-        kl_weights: Tensor | None,
-        ref_logps: Tensor | None,
-        num_pairs: float | Tensor | None,
-    ) -> PreferenceOutput:
-        """From statistics of already shifted labels, the rest as the caller gave it."""
-        num_tokens = layout.sum((labels != self.ignore_index).to(stats.logp.dtype))
-        w, v = self._row_weights(token_weights, kl_weights, labels, num_tokens, layout)
-
-        def total(values: Tensor, weights: Tensor | None = None) -> Tensor:
-            return layout.sum(values if weights is None else values * weights)
-
-        totals = SequenceSums(
-            log_ratio=total(stats.logp if stats.ref_logp is None else stats.logp - stats.ref_logp, w),
-            kl=None if stats.kl is None else total(stats.kl, v),
-            logp=total(stats.logp),
-            num_tokens=num_tokens,
-            log_sum_sq_probs=None if stats.log_sum_sq_probs is None else total(stats.log_sum_sq_probs),
-            ref_logp=None if stats.ref_logp is None or self.form().kind != "batch" else total(stats.ref_logp, w),
-        )
-        sums = self._sequence_sums(totals, ref_logps)
-        losses = self.pair_losses(*sums.split(self.interleaved), self._mean_tokens(num_tokens))
-        extras = {name: total(getattr(stats, name)) for name in self.extras}
-        return self._output(sums, losses, num_pairs, extras, num_tokens)
-
-    def _row_weights(
-        self,
-        token_weights: Tensor | None,
-        kl_weights: Tensor | None,
-        labels: Tensor,
-        num_tokens: Tensor,
-        layout: SequenceLayout,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Of log-ratios and of divergences, as already shifted `labels`; those of positions that do not count are left out,
-        whatever they hold."""
-        counted = labels != self.ignore_index
-        tail = None if self.ld_alpha is None else self._tail_weights(self.ld_alpha, counted, num_tokens, layout)
-
-        def rows(weights: Tensor | None) -> Tensor | None:
-            if weights is None:
-                return tail
-            weights = layout.shift(weights, 0).to(num_tokens.dtype).where(counted, 0.0)
-            return weights if tail is None else weights * tail
-
-        return rows(token_weights), rows(kl_weights)
-
-    def _tail_weights(self, alpha: float, counted: Tensor, num_tokens: Tensor, layout: SequenceLayout) -> Tensor:
+    def _tail_weights(self, counted: Tensor, num_tokens: Tensor, layout: SequenceLayout) -> Tensor | None:
         """LD-DPO: 1 for as many tokens as both sequences of a pair have, `alpha` for those that only the longer one has."""
+        if self.ld_alpha is None:
+            return None
         shared = torch.minimum(*split(num_tokens, self.interleaved))
         shared = shared.repeat_interleave(2) if self.interleaved else shared.repeat(2)
         # tokens that count are numbered from 1 through all sequences
         last_shared = num_tokens.long().cumsum(0) - num_tokens + shared
         beyond = counted.flatten().cumsum(0) > last_shared[layout.sequence_ids(counted).flatten()]
-        return num_tokens.new_ones(counted.shape).masked_fill(beyond.view(counted.shape), alpha)
-
-    def _mean_tokens(self, num_tokens: Tensor) -> Tensor | float:
-        """Of (S,) numbers of tokens, the mean of the chosen ones; 1 where sums are means already."""
-        chosen, _ = split(num_tokens, self.interleaved)
-        return 1.0 if self.average_log_prob else chosen.sum().clamp(min=1) / max(len(chosen), 1)
-
-    def _sequence_sums(self, totals: SequenceSums, ref_logps: Tensor | None) -> SequenceSums:
-        """From sums over the tokens of each sequence: means of them with `average_log_prob`, less `ref_logps`."""
-        num_tokens = totals.num_tokens.clamp(min=1)
-        sums = totals._replace(num_tokens=num_tokens)
-        if self.average_log_prob:
-            sums = sums.map(lambda total: total / num_tokens)
-        if ref_logps is not None:
-            ref_logp = ref_logps.detach().to(sums.log_ratio.dtype)
-            sums = sums._replace(log_ratio=sums.log_ratio - ref_logp, ref_logp=ref_logp)
-        return sums
-
-    def _output(
-        self,
-        sums: SequenceSums,
-        losses: Tensor,
-        num_pairs: float | Tensor | None,
-        extras: dict[str, Tensor],
-        num_tokens: Tensor,
-        loss: Tensor | None = None,
-    ) -> PreferenceOutput:
-        """From sums, losses (P,), what `token_metrics` takes and, where losses carry no gradient, their sum `loss`."""
-        pairs = max(len(losses), 1)
-        loss = losses.sum() if loss is None else loss
-        if self.reduction == "mean":
-            loss = (loss / (pairs if num_pairs is None else num_pairs)).to(losses.dtype)
-
-        chosen, rejected = sums.map(Tensor.detach).split(self.interleaved)
-        chosen_rewards, rejected_rewards = (self.beta * ratio for ratio in self.reward_log_ratios(chosen, rejected))
-        reported = {
-            "rewards/chosen": chosen_rewards,
-            "rewards/rejected": rejected_rewards,
-            "rewards/accuracies": (chosen_rewards > rejected_rewards).to(losses.dtype),
-            "rewards/margins": chosen_rewards - rejected_rewards,
-            "logps/chosen": chosen.logp,
-            "logps/rejected": rejected.logp,
-        }
-        reported |= self.more_metrics(chosen, rejected)
-        if chosen.kl is not None and rejected.kl is not None:
-            reported |= {"kl/chosen": chosen.kl, "kl/rejected": rejected.kl, "kl/margin": chosen.kl - rejected.kl}
-        return PreferenceOutput(
-            loss=loss,
-            losses=losses.detach(),
-            chosen_rewards=chosen_rewards,
-            rejected_rewards=rejected_rewards,
-            chosen_logps=chosen.logp,
-            rejected_logps=rejected.logp,
-            chosen_kl=chosen.kl,
-            rejected_kl=rejected.kl,
-            metrics={name: values.sum() / pairs for name, values in reported.items()}
-            | token_metrics(extras, num_tokens, self.interleaved),
-        )
+        return num_tokens.new_ones(counted.shape).masked_fill(beyond.view(counted.shape), self.ld_alpha)
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

@@ -421,7 +421,7 @@ def test_losses_that_see_more_than_ratios_with_ref_logps(name: str, train: tuple
 def test_sft_refuses_one_pass_where_tokens_have_weights() -> None:
     batch = make_batch()
     loss = make("dpo", loss_type="sft", engine="one_pass")
-    with pytest.raises(ValueError, match=r"(?s)one_pass.*'sft'.*weights.*recompute"):
+    with pytest.raises(ValueError, match=r"(?s)one_pass.*'sft'.*NLL.*weights.*recompute"):
         run(loss, batch, token_weights=torch.ones(batch.labels.shape))
 
 
@@ -1066,8 +1066,8 @@ def test_torch_compile(train: tuple[str, ...], engine: str) -> None:
         results.append((value, margin, *torch.autograd.grad(value, leaves)))
     for got, expected in zip(*results, strict=True):
         near("compiled", got, expected)
-    graphs = counter.frame_count
-    assert graphs <= (1 if engine == "recompute" else 4), f"{graphs} graphs: what is in front of the break, what is behind it"
+    graphs = counter.frame_count  # of three nested frames: what is in front of the break, what is behind it
+    assert graphs <= (1 if engine == "recompute" else 5), f"{graphs} graphs"
 
 
 # --- triton, interpreted ---------------------------------------------------------------------------------------------------
