@@ -4,8 +4,9 @@
     python benchmarks/report.py --check    fails where that would change anything
     python benchmarks/report.py --plot     draws results/<device>.png, -hidden.png and -accuracy.png, which needs matplotlib
 
-A record is a line of results/<device>.jsonl, written by run.py. Of each case and provider the newest one on a device counts;
-that a provider was not there is no reason to forget what it did when it was.
+A record is a line of results/<device>.jsonl, written by run.py. Those of a case that were measured together carry one date. Of
+each case on a device the newest such run counts, of those that hold ours beside another if there are any: what is compared was
+measured side by side.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cases import CASES, HIDDEN_CASES, PROBLEMS, model_name
 from fused_tdpo.cli._measure import as_bytes, as_time, digits
@@ -88,6 +90,8 @@ def load(folder: Path = RESULTS) -> list[Record]:
     return sorted((json.loads(line) for line in lines), key=lambda record: record["date"])
 
 
+FLOORS = ("copy", "bare")
+
 Newest = dict[str, dict[str, Record]]
 """Case -> provider -> record, of one device; cases and providers in the order of their tables."""
 
@@ -99,12 +103,21 @@ def newest(records: list[Record], level: str = "logits") -> dict[str, Newest]:
         "hidden": (HIDDEN_CASES, ("bare", *HIDDEN_PROVIDERS)),
         "accuracy": (PROBLEMS, ROW_PROVIDERS),
     }[level]
-    found = {(r["device"], r["case"], r["provider"]): r for r in sorted(records, key=is_absent, reverse=True)}
+    runs: dict[tuple[str, str], dict[str, dict[str, Record]]] = {}
+    for record in records:
+        together = runs.setdefault((record["device"], record["case"]), {}).setdefault(record["date"], {})
+        together[record["provider"]] = record
+    found = {key: max(own.items(), key=lambda run: (compares(run[1]), run[0]))[1] for key, own in runs.items()}
     result = {}
     for _, device in sorted({(not r["driver"], r["device"]) for r in records}):
-        own = {c.name: {n: found[key] for n in names if (key := (device, c.name, n)) in found} for c in cases}
+        own = {c.name: {n: run[n] for n in names if n in run} for c in cases if (run := found.get((device, c.name)))}
         result[device] = {case: providers for case, providers in own.items() if providers}
     return {device: own for device, own in result.items() if own}
+
+
+def compares(run: dict[str, Record]) -> bool:
+    """Whether two besides the floor were measured in it."""
+    return sum(name not in FLOORS and not r["refused"] for name, r in run.items()) > 1
 
 
 def share(record: Record, phase: str) -> float:
@@ -333,7 +346,6 @@ VIEWS = {
     "headline": ("logits", first, headline),
     "time": ("logits", everything, time),
     "memory": ("logits", everything, memory),
-    "hidden": ("hidden", main_cases, hidden),
     "hidden-all": ("hidden", everything, hidden),
     "hidden-others": ("hidden", everything, hidden_others),
     "hidden-phases": ("hidden", main_cases, hidden_phases),
@@ -369,11 +381,12 @@ def plot(device: str, records: Newest, path: Path) -> None:
     if numbers.count(N) < 3:
         return
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.set_prop_cycle(color=OTHERS)
     for name in ("copy", *PROVIDERS):
         own = {case.V: records[case.name].get(name) for case in cases if case.N == N}
         points = sorted((V, r["ms"]["both"][1]) for V, r in own.items() if r and not r["refused"])
         if points:
-            style = {"color": "black", "linestyle": "--"} if name == "copy" else {"marker": "o"}
+            style = LINES.get(name, {"marker": "o"})
             axes.plot(*zip(*points, strict=True), label="copy (floor)" if name == "copy" else name, **style)
     axes.set(xscale="log", yscale="log", xlabel="vocabulary", ylabel="forward + backward, ms", title=f"{device}, {N:,} rows")
     axes.set_xticks([thousands * 1024 for thousands in (32, 64, 128, 256)], ["32k", "64k", "128k", "256k"])
@@ -384,9 +397,21 @@ def plot(device: str, records: Newest, path: Path) -> None:
     plt.close(figure)
 
 
+LINES: dict[str, dict[str, Any]] = {
+    "copy": {"color": "black", "linestyle": "--"},
+    "bare": {"color": "black", "linestyle": "--"},
+    "ours": {"color": "tab:blue", "marker": "D", "linewidth": 3},
+    "fused": {"color": "tab:blue", "marker": "D", "linewidth": 3},
+}
+"""How who stands out in plots is drawn; the others take `OTHERS` in turn."""
+
+OTHERS = [f"tab:{name}" for name in ["orange", "green", "red", "purple", "brown", "pink", "gray", "olive", "cyan"]]
+
+
 def plot_hidden(device: str, records: Newest, path: Path) -> None:
     """Time and memory of one pair over its length, a line for each provider; at the shape with the most lengths."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     plain = [case for case in HIDDEN_CASES if case.trained and case.pairs == 1 and case.masked == 0.5 and case.softcap is None]
     cases = [case for case in plain if case.name in records]
@@ -395,20 +420,29 @@ def plot_hidden(device: str, records: Newest, path: Path) -> None:
     if shapes.count(shape) < 3:
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    for axes in (left, right):
+        axes.set_prop_cycle(color=OTHERS)
     own = {case.T: records[case.name] for case in cases if (case.D, case.V, case.dtype) == shape}
     for name in ("bare", *HIDDEN_PROVIDERS):
         there = [(T, r[name]) for T, r in own.items() if name in r and not r[name]["refused"]]
         if there:
-            style = {"color": "black", "linestyle": "--"} if name == "bare" else {"marker": "o"}
+            style, label = LINES.get(name, {"marker": "o"}), name
             memory = "gradient_bytes" if name == "bare" else "peak_bytes"
-            label = "floor: bare products, gradients" if name == "bare" else name
-            left.plot([T for T, _ in there], [r["ms"]["both"][1] / 1000 for _, r in there], label=label, **style)
-            right.plot([T for T, _ in there], [r[memory] / 2**20 for _, r in there], **style)
-    for axes, text in ((left, "forward + backward, s"), (right, "peak memory over the inputs, MiB")):
+            if name == "bare":
+                label = "floor: bare products, gradients"
+            elif HIDDEN_PROVIDERS[name].computes != "tdpo2":
+                style, label = {"marker": "o", "markerfacecolor": "none", "linestyle": ":"}, f"{name}, not TDPO"
+            left.plot([T for T, _ in there], [r["ms"]["both"][1] for _, r in there], label=label, **style)
+            right.plot([T for T, _ in there], [r[memory] for _, r in there], **style)
+    for axes, text in ((left, "forward + backward"), (right, "peak memory over the inputs")):
         axes.set(xscale="log", yscale="log", xlabel="positions of a sequence", ylabel=text)
         axes.set_xticks(list(own), [f"{T:,}" for T in own])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter(lambda ms, _: as_time(ms))
+    right.yaxis.set_major_locator(LogLocator(base=2))
+    right.yaxis.set_major_formatter(lambda size, _: as_bytes(size))
     figure.suptitle(f"{device}: a pair, half of it prompts; D = {D:,}, V = {V:,}, {str(dtype).removeprefix('torch.')}")
     figure.legend(loc="outside right center")
     figure.savefig(path, dpi=150)
@@ -420,11 +454,13 @@ def plot_accuracy(device: str, records: Newest, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.set_prop_cycle(color=OTHERS)
     plain = [records[problem.name] for problem in PROBLEMS if problem.name in records and not (problem.spoilt or problem.shift)]
     for name in ROW_PROVIDERS:
         points = [(own[name]["kl"], own[name]["errors"]["kl"]) for own in plain if name in own and "kl" in own[name]["errors"]]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+            style = {"markersize": 12, "alpha": 0.4} if name == "ours" else {}  # the two lie on each other
+            axes.plot(*zip(*points, strict=True), label=name, **LINES.get(name, {"marker": "o"}) | style)
     axes.set(xscale="log", yscale="log", xlabel="true KL, nats", ylabel="worst relative error", title=device)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
