@@ -101,7 +101,9 @@ def token_stats_cases(target: str) -> Iterator[Case]:
         "alpha-above-half": Divergence("alpha", 0.7),
     }  # fmt: skip
     launches |= {f"bf16-{suffix}": (variants["bf16"], uncapped, divergence) for suffix, divergence in divergences.items()}
-    for suffix in ("js", "alpha"):
+    launches |= {f"{n}-reverse-kl": (variants[n], uncapped, divergences["reverse-kl"]) for n in ("fp32-narrow", "bf16-fp32")}
+    for suffix in ("reverse-kl", "js", "alpha"):
+        launches[f"bf16-32k-{suffix}"] = (variants["bf16-32k"], uncapped, divergences[suffix])
         launches[f"bf16-narrow-{suffix}"] = (variants["bf16-narrow"], uncapped, divergences[suffix])
         launches[f"fp32-{suffix}"] = (variants["fp32"], uncapped, divergences[suffix])
         launches[f"bf16-{suffix}-capped"] = (variants["bf16"], (30.0, 50.0), divergences[suffix])

@@ -1,7 +1,8 @@
 """Checks of user input, on the host, before any launch. Messages say what was expected, what came, and the next step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from fused_tdpo.types import DIVERGENCES, EXTRAS, REF_EXTRAS, Divergence
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32)
-LINEAR_ORDER = "The order is (policy_hidden, policy_head, ref_hidden, ref_head, labels)."
+LINEAR_ORDER = "The order is (policy_hidden, policy_head, ref_hidden, ref_head, labels); a loss without a reference has three."
 
 
 def describe(tensor: object) -> str:
@@ -25,7 +26,7 @@ def check_logits(name: str, logits: Tensor) -> None:
     if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_DTYPES:
         hint = ""
         if isinstance(logits, Tensor) and logits.dtype in LABEL_DTYPES:
-            hint = " This looks like labels: the order is (policy_logits, ref_logits, labels)."
+            hint = " This looks like labels: in the order of arguments they come after all logits."
         raise TypeError(
             f"{name} must be a float16, bfloat16, float32 or float64 tensor (..., V); got {describe(logits)}.{hint}"
         )
@@ -217,3 +218,23 @@ def check_valid_rows(counted: Tensor, valid_rows: int, ignore_index: int) -> Ten
             f"{valid_rows}"
         )
     return wrong
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """One of `choices`."""
+    if value not in tuple(choices):  # by equality: a value need not be hashable
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_number(name: str, value: object, fits: Callable[[float], bool], expected: str) -> None:
+    """A finite real number that `fits`; `expected` says which does, in words."""
+    if not (isinstance(value, Real) and math.isfinite(value) and fits(float(value))):
+        raise ValueError(f"{name} must be a finite number {expected}; got {value!r}")
+
+
+def check_like(name: str, tensor: Tensor | None, shape: tuple[int, ...], labels: Tensor) -> None:
+    """Of a shape that goes with the labels, and on their device; or None."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.device != labels.device:
+        raise ValueError(f"{name} must have shape {tuple(shape)} on {labels.device}, to go with labels; got {describe(tensor)}")

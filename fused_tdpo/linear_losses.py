@@ -21,8 +21,9 @@ from fused_tdpo._layout import SequenceLayout
 from fused_tdpo.functions.one_pass import Job, Objective, OnePassFunction, Sums, own_autograd, upload
 from fused_tdpo.functions.token_stats import stats_dtype
 from fused_tdpo.heads import LMHead
-from fused_tdpo.losses import DPOLoss, PairLoss, PreferenceLoss, SequenceSums, TDPOLoss
+from fused_tdpo.losses import DPOLoss, PairLoss, PreferenceLoss, SequenceLoss, TDPOLoss
 from fused_tdpo.ops import LinearInputs, linear_inputs, linear_options, linear_stats
+from fused_tdpo.pair_losses import SequenceSums
 from fused_tdpo.types import Engine, PreferenceOutput
 
 ENGINES = ("auto", "one_pass", "recompute")
@@ -56,8 +57,8 @@ def choose_engine(engine: str, backend: str, obstacle: str | None = None) -> Eng
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class LinearPairLoss(PairLoss):
-    """The way from hidden states to a PreferenceOutput."""
+class LinearSequenceLoss(SequenceLoss):
+    """What losses from hidden states share: the options of a chunk, the choice of an engine, and the way by the general op."""
 
     engine: Literal["auto", "one_pass", "recompute"] = "auto"
     """One pass makes logits once, recompute a second time in backward; auto picks, and the output says which, and why."""
@@ -73,13 +74,7 @@ class LinearPairLoss(PairLoss):
 
     def obstacle(self, weighted: bool) -> str | None:
         """Why this loss cannot go in one pass, if so. `weighted`: a call with `token_weights`."""
-        if self.form().kind == "batch":
-            return "it sorts the whole batch, so that the slope of a pair takes all pairs' sums"
-        if self.has_nll and weighted:
-            return "the NLL takes no weights of tokens: beside a log-ratio that does, a row has two directions"
-        if self.has_nll and self.kl_slopes()[0]:
-            return "the NLL takes no KL: beside a chosen one with a gradient, a row has two directions"
-        return None
+        raise NotImplementedError
 
     def _from_hidden(
         self,
@@ -89,13 +84,16 @@ class LinearPairLoss(PairLoss):
         labels: Tensor,
         layout: SequenceLayout,
         weights: tuple[Tensor | None, Tensor | None] = (None, None),
-        num_pairs: float | Tensor | None = None,
+        count: float | Tensor | None = None,
         valid_rows: Sequence[int] | Tensor | None = None,
         ref_logps: Tensor | None = None,
-    ) -> PreferenceOutput:
-        """Everything as the caller gave it, once it was checked."""
+        obstacle: str | None = None,
+        **call: Any,
+    ) -> Any:
+        """Everything as the caller gave it, once it was checked; `call` is what `_from_stats` takes besides, and `obstacle` why
+        this call cannot go in one pass."""
         backend, _ = choose_backend(self.backend, labels.device.type, (inputs.dtype, inputs.ref_dtype or inputs.dtype))
-        engine = choose_engine(self.engine, backend, self.obstacle(weights[0] is not None))
+        engine = choose_engine(self.engine, backend, obstacle or self.obstacle(weights[0] is not None))
         labels = layout.shift(labels, self.ignore_index)
         counts = layout.sum((labels != self.ignore_index).to(stats_dtype(inputs.dtype, inputs.ref_dtype)))
         lengths = wrong = None
@@ -117,17 +115,35 @@ class LinearPairLoss(PairLoss):
             # It holds a callable, which no graph can: dynamo must not look inside.
             one_pass = torch.compiler.disable(self._one_pass) if torch.compiler.is_compiling() else self._one_pass
             out = one_pass(
-                policy_hidden, ref_hidden, labels, inputs, layout, counts, weights, lengths, ref_logps, num_pairs, options,
+                policy_hidden, ref_hidden, labels, inputs, layout, counts, weights, lengths, ref_logps, count, options,
             )  # fmt: skip
         else:
             stats = linear_stats(
                 policy_hidden, ref_hidden, labels, inputs, valid_rows=None if lengths is None else sum(lengths),
                 extras=self.statistics, kl_gradient=any(self.kl_slopes()), **options,
             )  # fmt: skip
-            out = self._from_stats(stats, labels, layout, *weights, ref_logps, num_pairs)
+            out = self._from_stats(stats, labels, layout, *weights, ref_logps, count, **call)
         if wrong is not None:
             out = out._replace(loss=out.loss * torch.where(wrong, float("nan"), 1.0).to(out.loss.dtype))
         return out._replace(engine=engine)
+
+    def _one_pass(self, *job: Any) -> PreferenceOutput:
+        """What `choose_engine` calls so."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class LinearPairLoss(LinearSequenceLoss, PairLoss):
+    """What one pass adds: losses of pairs, taken apart for it."""
+
+    def obstacle(self, weighted: bool) -> str | None:
+        if self.form().kind == "batch":
+            return "it sorts the whole batch, so that the slope of a pair takes all pairs' sums"
+        if self.has_nll and weighted:
+            return "the NLL takes no weights of tokens: beside a log-ratio that does, a row has two directions"
+        if self.has_nll and self.kl_slopes()[0]:
+            return "the NLL takes no KL: beside a chosen one with a gradient, a row has two directions"
+        return None
 
     def _one_pass(
         self,

@@ -1,312 +1,37 @@
-"""TDPO and DPO: pure functions on vectors, and the modules without parameters that feed them.
+"""TDPO and DPO from logits, and what all losses share: modules without parameters.
 
-    logits ──token_stats──▶ per token (S, T) ──sum──▶ per sequence (S,) ──log_ratios──▶ per pair (P,) ──PAIR_LOSSES──▶ (P,)
+    logits ──token_stats──▶ per token (S, T) ──sum──▶ per sequence (S,) ──fused_tdpo.pair_losses──▶ per pair (P,)
 
-Only `token_stats` sees the vocabulary. TDPO is DPO on *effective* log-ratios, which hold the sequential KL, so one table of
-pair losses serves both. Letters: P pairs, S = 2P sequences, T positions, V vocabulary; log-probabilities and KL in nats.
+Only `token_stats` sees the vocabulary. Letters: P pairs, S = 2P sequences, T positions, V vocabulary; log-probabilities and KL
+in nats.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from math import inf, isfinite, log, log1p
-from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_tdpo._backends import choose_backend
-from fused_tdpo._checks import check_extras, check_token_stats, describe
+from fused_tdpo._checks import check_choice, check_extras, check_like, check_number, check_token_stats, describe
 from fused_tdpo._layout import SequenceLayout
 from fused_tdpo.ops import token_stats
+from fused_tdpo.pair_losses import (
+    PAIR_FORMS,
+    PAIR_LOSSES,
+    SMOOTHED,
+    TOKEN_METRICS,
+    Form,
+    PairOptions,
+    Pairs,
+    SequenceSums,
+    f_dpo_scores,
+    split,
+    tdpo_log_ratios,
+    token_metrics,
+)
 from fused_tdpo.types import PreferenceOutput, TokenStats
-
-
-class SequenceSums(NamedTuple):
-    """Per-token statistics summed over each sequence: (S,) of all sequences, or (P,) of the chosen or the rejected ones."""
-
-    log_ratio: Tensor
-    """ρ, the weighted sum of logp − ref_logp."""
-    kl: Tensor | None
-    """K, the weighted sum of the per-token divergence; None without a reference distribution."""
-    logp: Tensor
-    """Unweighted sum of the policy's logp."""
-    num_tokens: Tensor
-    """Number of tokens that a length-normalised loss divides by, at least 1; exactly 1 where the sums are means already."""
-    log_sum_sq_probs: Tensor | None = None
-    """Unweighted sum of the policy's log Σ p², for `use_weighting`."""
-    ref_logp: Tensor | None = None
-    """The reference's part of `log_ratio`, for "aot"."""
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "SequenceSums":
-        """`function` of every field that exists."""
-        return SequenceSums(*(None if total is None else function(total) for total in self))  # type: ignore[arg-type]
-
-    def split(self, interleaved: bool = False) -> tuple["SequenceSums", "SequenceSums"]:
-        """(chosen, rejected): the first and the second half, or even and odd sequences."""
-        return self.map(lambda sums: split(sums, interleaved)[0]), self.map(lambda sums: split(sums, interleaved)[1])
-
-
-def split(values: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
-    """(S,) -> those of chosen and of rejected sequences, (P,) each."""
-    half = len(values) // 2
-    return (values[::2], values[1::2]) if interleaved else (values[:half], values[half:])
-
-
-TOKEN_METRICS: dict[str, tuple[str, Literal["chosen", "rejected", "both"]]] = {
-    "entropy": ("entropy", "both"),
-    "ref_entropy": ("ref_entropy", "both"),
-    "mean_token_accuracy": ("accuracy", "chosen"),
-    "logits/chosen": ("mean_logit", "chosen"),
-    "logits/rejected": ("mean_logit", "rejected"),
-}
-"""Metric -> the extra statistic, and the sequences, over whose tokens that count it is a mean; names are TRL's."""
-
-
-def token_metrics(extras: dict[str, Tensor], num_tokens: Tensor, interleaved: bool = False) -> dict[str, Tensor]:
-    """Those of `TOKEN_METRICS` that there are extras for, () each; 0 without a token.
-
-    Args:
-        extras: name -> (S,) sums over each sequence's tokens that count. num_tokens: (S,) how many these are.
-    """
-    metrics = {}
-    for name, (extra, side) in TOKEN_METRICS.items():
-        if extra in extras:
-            total, count = (
-                values if side == "both" else split(values, interleaved)[side == "rejected"]
-                for values in (extras[extra], num_tokens)
-            )
-            metrics[name] = total.sum() / count.sum().clamp(min=1)
-    return metrics
-
-
-def tdpo_log_ratios(
-    chosen: SequenceSums, rejected: SequenceSums, *, alpha: float, variant: str = "tdpo2"
-) -> tuple[Tensor, Tensor]:
-    """Effective log-ratios r of TDPO, (P,) and (P,), to be compared as DPO compares ρ. `sg` stops the gradient.
-
-        tdpo1   r_w = ρ_w + K_w          r_l = ρ_l + K_l          (alpha has no part in it)
-        tdpo2   r_w = ρ_w + α·sg(K_w)    r_l = ρ_l + α·K_l
-
-    Source: arXiv 2404.11999, eq. 15 (TDPO1), eq. 17 and 18 (TDPO2).
-    """
-    if chosen.kl is None or rejected.kl is None:
-        raise ValueError("TDPO's log-ratios need the KL of both sequences; got None")
-    if variant == "tdpo1":
-        return chosen.log_ratio + chosen.kl, rejected.log_ratio + rejected.kl
-    return chosen.log_ratio + alpha * chosen.kl.detach(), rejected.log_ratio + alpha * rejected.kl
-
-
-def f_dpo_scores(
-    log_ratio: Tensor, f_divergence: str, f_alpha: float | None = None, max_exponent: float | None = None
-) -> Tensor:
-    """f'(e^ρ) − f'(1) of log-ratios ρ, which f-DPO compares where DPO compares ρ; `f_alpha` is the paper's α, in (0, 1).
-
-        reverse_kl  ρ                     forward_kl  1 − e^(−ρ)
-        js          log 2 + log σ(ρ)      alpha       (1 − e^(−αρ))/α        → ρ as α → 0, forward_kl as α → 1
-
-    ρ sums over a whole sequence, so e^(−αρ) overflows in float32 from αρ ≈ −88 on, and the loss is then infinite or NaN. With
-    `max_exponent`, −αρ counts as that number where it is more, without a gradient.
-
-    Source: arXiv 2309.16240; f_alpha is 1 − `f_alpha_divergence_coef` of TRL ≥ 0.29, and its older α.
-    """
-    if f_divergence == "reverse_kl":
-        return log_ratio
-    if f_divergence == "js":
-        return log(2) + F.logsigmoid(log_ratio)
-    alpha = 1.0 if f_divergence == "forward_kl" else f_alpha
-    if alpha is None:
-        raise ValueError("f_divergence='alpha' needs f_alpha, the paper's α in (0, 1); got None")
-    return -torch.expm1((-alpha * log_ratio).clamp(max=max_exponent or inf)) / alpha
-
-
-# --- pair losses ------------------------------------------------------------------------------------------------------------
-
-
-class Pairs(NamedTuple):
-    """What a pair loss may depend on: (P,) each, or numbers."""
-
-    chosen: Tensor
-    """r_w, the log-ratio of the chosen sequence: effective for TDPO, scored for f-DPO."""
-    rejected: Tensor
-    """r_l, that of the rejected one."""
-    chosen_count: Tensor | float = 1.0
-    """|y_w|, at least 1. A loss "by length" divides all of r by it, TDPO's KL too."""
-    rejected_count: Tensor | float = 1.0
-    """|y_l|."""
-    chosen_nll: Tensor | None = None
-    """−Σ log p(y_w) over the mean of |y_w| in the batch, so that its mean over pairs is the one over tokens. For "sft"."""
-    ref_margin: Tensor | None = None
-    """log q(y_w) − log q(y_l). For "aot"."""
-
-    @property
-    def margin(self) -> Tensor:
-        """r_w − r_l."""
-        return self.chosen - self.rejected
-
-    @property
-    def mean_margin(self) -> Tensor:
-        """r_w/|y_w| − r_l/|y_l|."""
-        return self.chosen / self.chosen_count - self.rejected / self.rejected_count
-
-
-class PairOptions(NamedTuple):
-    """The numbers in pair losses."""
-
-    beta: float
-    """β > 0."""
-    label_smoothing: float = 0.0
-    """ε, in [0, 0.5)."""
-    discopop_tau: float = 0.05
-    """τ > 0."""
-
-
-# A pair loss maps these to losses (P,). With z = β (r_w − r_l), z_w = β r_w and z_l = β r_l:
-
-
-def sigmoid_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """−(1 − ε) log σ(z) − ε log σ(−z): DPO (arXiv 2305.18290, eq. 7); with label smoothing ε, conservative DPO."""
-    return _cross_entropy(o.beta * pairs.margin, o.label_smoothing)
-
-
-def sigmoid_norm_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """−log σ(β (r_w/|y_w| − r_l/|y_l|)): length-normalised DPO (arXiv 2411.15124)."""
-    return -F.logsigmoid(o.beta * pairs.mean_margin)
-
-
-def robust_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """[−(1 − ε) log σ(z) + ε log σ(−z)] / (1 − 2ε): unbiased when a share ε of the pairs is swapped (arXiv 2403.00409)."""
-    return _cross_entropy(o.beta * pairs.margin, -o.label_smoothing / (1 - 2 * o.label_smoothing))
-
-
-def hinge_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """max(0, 1 − z) (arXiv 2305.10425, on log-ratios as TRL does)."""
-    return torch.relu(1 - o.beta * pairs.margin)
-
-
-def ipo_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """(r_w/|y_w| − r_l/|y_l| − 1/(2β))² (arXiv 2310.12036, eq. 17, length-normalised as TRL does)."""
-    return (pairs.mean_margin - 1 / (2 * o.beta)) ** 2
-
-
-def exo_pair_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """KL((σ(z), σ(−z)) ‖ (1 − ε, ε)), for ε > 0 (arXiv 2402.00856, eq. 16)."""
-    z = o.beta * pairs.margin
-    won = torch.sigmoid(z) * (F.logsigmoid(z) - log1p(-o.label_smoothing))
-    return won + torch.sigmoid(-z) * (F.logsigmoid(-z) - log(o.label_smoothing))
-
-
-def discopop_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """−(1 − m) log σ(z) + m e^(−z), m = σ(z/τ): DiscoPOP (arXiv 2406.08414, eq. 5). m e^(−z) is one power."""
-    z = o.beta * pairs.margin
-    return -torch.sigmoid(-z / o.discopop_tau) * F.logsigmoid(z) + torch.exp(F.logsigmoid(z / o.discopop_tau) - z)
-
-
-def nca_pair_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """−log σ(z_w) − ½ log σ(−z_w) − ½ log σ(−z_l): noise contrastive alignment (arXiv 2402.05369)."""
-    won, lost = o.beta * pairs.chosen, o.beta * pairs.rejected
-    return -F.logsigmoid(won) - 0.5 * F.logsigmoid(-won) - 0.5 * F.logsigmoid(-lost)
-
-
-def bco_pair_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """−log σ(z_w) − log σ(−z_l): binary classifier optimisation (arXiv 2404.04656), its reward shift 0 as in TRL."""
-    return -F.logsigmoid(o.beta * pairs.chosen) - F.logsigmoid(-o.beta * pairs.rejected)
-
-
-def sppo_hard_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """(r_w − 1/(2β))² + (r_l + 1/(2β))²: self-play, the chosen one winning surely (arXiv 2405.00675, eq. 4.7)."""
-    return (pairs.chosen - 0.5 / o.beta) ** 2 + (pairs.rejected + 0.5 / o.beta) ** 2
-
-
-def apo_zero_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """1 − σ(z_w) + σ(z_l): anchored, where the policy is worse than the chosen ones (arXiv 2408.06266, eq. 7)."""
-    return torch.sigmoid(-o.beta * pairs.chosen) + torch.sigmoid(o.beta * pairs.rejected)
-
-
-def apo_down_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """σ(z_w) + 1 − σ(z): anchored, where the policy is better than the chosen ones (arXiv 2408.06266, eq. 8)."""
-    return torch.sigmoid(o.beta * pairs.chosen) + torch.sigmoid(-o.beta * pairs.margin)
-
-
-def sft_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """−log p(y_w) per token, a mean over the chosen tokens of the batch; TDPO's KL and all weights of tokens have no part."""
-    if pairs.chosen_nll is None:
-        raise ValueError("sft_loss takes log-probabilities, not their ratios: set Pairs.chosen_nll")
-    return pairs.chosen_nll
-
-
-def aot_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """sigmoid_loss of margins sorted over the pairs of a call, policy's less reference's (arXiv 2406.05882, paired). The KL is
-    the policy's. Losses go with ranks, not with pairs."""
-    if pairs.ref_margin is None:
-        raise ValueError("aot_loss sorts the margins of both models: set Pairs.ref_margin")
-    policy = pairs.margin + pairs.ref_margin
-    return _cross_entropy(o.beta * (policy.sort().values - pairs.ref_margin.sort().values), o.label_smoothing)
-
-
-def aot_unpaired_loss(pairs: Pairs, o: PairOptions) -> Tensor:
-    """sigmoid_loss of r_w and r_l, each sorted over the pairs of a call (arXiv 2406.05882, unpaired). Losses go with ranks."""
-    return _cross_entropy(o.beta * (pairs.chosen.sort().values - pairs.rejected.sort().values), o.label_smoothing)
-
-
-def _cross_entropy(z: Tensor, share: float) -> Tensor:
-    """−(1 − share) log σ(z) − share·log σ(−z), with log σ(−z) written as log σ(z) − z."""
-    losses = -F.logsigmoid(z)
-    return losses + share * z if share else losses
-
-
-PAIR_LOSSES: dict[str, Callable[[Pairs, PairOptions], Tensor]] = {
-    "sigmoid": sigmoid_loss,
-    "sigmoid_norm": sigmoid_norm_loss,
-    "ipo": ipo_loss,
-    "hinge": hinge_loss,
-    "robust": robust_loss,
-    "exo_pair": exo_pair_loss,
-    "discopop": discopop_loss,
-    "nca_pair": nca_pair_loss,
-    "bco_pair": bco_pair_loss,
-    "sppo_hard": sppo_hard_loss,
-    "apo_zero": apo_zero_loss,
-    "apo_down": apo_down_loss,
-    "sft": sft_loss,
-    "aot": aot_loss,
-    "aot_unpaired": aot_unpaired_loss,
-}
-"""Every `loss_type`, for DPO and TDPO alike; names are TRL's."""
-
-SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
-"""The loss types that take label smoothing."""
-
-
-class Form(NamedTuple):
-    """What a pair loss depends on: this decides how pairs longer than a chunk go through (docs/math.md, "One pass")."""
-
-    kind: Literal["margin", "sequence", "pair", "batch"]
-    """`"margin"`: r_w − r_l alone. `"sequence"`: a sum of a function of r_w and one of r_l. `"pair"`: anything of both.
-    `"batch"`: other pairs' too, which takes the recompute engine."""
-    by_length: bool = False
-    """On r/|y| in place of r."""
-
-
-PAIR_FORMS: dict[str, Form] = {
-    "sigmoid": Form("margin"),
-    "sigmoid_norm": Form("margin", by_length=True),
-    "ipo": Form("margin", by_length=True),
-    "hinge": Form("margin"),
-    "robust": Form("margin"),
-    "exo_pair": Form("margin"),
-    "discopop": Form("margin"),
-    "nca_pair": Form("sequence"),
-    "bco_pair": Form("sequence"),
-    "sppo_hard": Form("sequence"),
-    "apo_zero": Form("sequence"),
-    "apo_down": Form("pair"),
-    "sft": Form("sequence"),
-    "aot": Form("batch"),
-    "aot_unpaired": Form("batch"),
-}
-"""The form of every pair loss; a test checks each by autograd."""
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -337,8 +62,8 @@ class SequenceLoss(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
-        _check_number("beta", self.beta, lambda beta: beta > 0, "> 0")
-        _check_choice("reduction", self.reduction, ("mean", "sum"))
+        check_number("beta", self.beta, lambda beta: beta > 0, "> 0")
+        check_choice("reduction", self.reduction, ("mean", "sum"))
 
         # the op's own options, by its own checks: on an empty batch, whose vocabulary is as wide as vocab_size asks
         logits = torch.empty(0, max(self.vocab_size or 1, 1), device="meta")
@@ -375,11 +100,20 @@ class SequenceLoss(nn.Module):
         """The extras that the op has to compute."""
         return tuple(self.extras)
 
+    @property
+    def averages(self) -> bool:
+        """Whether sums over a sequence are divided by its number of tokens."""
+        return False
+
+    def kl_slopes(self) -> tuple[float, float]:
+        """How the effective log-ratios of a chosen and of a rejected sequence change with its K, where ρ changes them by 1."""
+        return 0.0, 0.0
+
     def _layout(self, labels: Tensor, cu_seqlens: Tensor | None, **like_labels: Tensor | None) -> SequenceLayout:
         """Of the labels, with which the other arguments of a call must go together."""
         layout = SequenceLayout(labels, cu_seqlens)
         for name, tensor in like_labels.items():
-            _check_like(name, tensor, labels.shape, labels)
+            check_like(name, tensor, labels.shape, labels)
         return layout
 
     def _stats(self, policy_logits: Tensor, ref_logits: Tensor | None, labels: Tensor) -> TokenStats:
@@ -410,6 +144,32 @@ class SequenceLoss(nn.Module):
             raise ValueError(f"{name} must be a number or a 0-dim tensor; got {describe(value)}")
         if value is not None and not isinstance(value, Tensor) and not value > 0:
             raise ValueError(f"{name} must be > 0; got {value}")
+
+    def _check_reference(self, name: str, ref: Tensor | None, kl_weights: Tensor | None, ref_logps: Tensor | None) -> None:
+        """`ref` is the reference's `name`: its logits or hidden states."""
+        if (ref is None) == (ref_logps is None):
+            given = "neither" if ref is None else "both"
+            raise ValueError(
+                f"the reference must be given once, as {name} or as ref_logps; got {given}. Pass {name}, or None in its place "
+                "with ref_logps=..."
+            )
+        if kl_weights is not None and ref is None:
+            raise ValueError(f"kl_weights weigh the KL, which does not exist without {name}; pass these, or leave it out")
+        check_extras(self.extras, ref is not None, name)
+
+    def _from_stats(
+        self,
+        stats: TokenStats,
+        labels: Tensor,
+        layout: SequenceLayout,
+        token_weights: Tensor | None = None,
+        kl_weights: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        count: float | Tensor | None = None,
+        **call: Any,
+    ) -> Any:
+        """The output, from statistics of already shifted labels; `count` is what the mean divides by, the rest as it came."""
+        raise NotImplementedError
 
     def _row_weights(
         self,
@@ -460,6 +220,17 @@ class SequenceLoss(nn.Module):
             ref_logp=None if stats.ref_logp is None else total(stats.ref_logp, w),
         )
 
+    def _sequence_sums(self, totals: SequenceSums, ref_logps: Tensor | None) -> SequenceSums:
+        """From sums over the tokens of each sequence: means of them if the loss `averages`, less `ref_logps`."""
+        num_tokens = totals.num_tokens.clamp(min=1)
+        sums = totals._replace(num_tokens=num_tokens)
+        if self.averages:
+            sums = sums.map(lambda total: total / num_tokens)
+        if ref_logps is not None:
+            ref_logp = ref_logps.detach().to(sums.log_ratio.dtype)
+            sums = sums._replace(log_ratio=sums.log_ratio - ref_logp, ref_logp=ref_logp)
+        return sums
+
     def _mean(self, losses: Tensor, count: float | Tensor | None, total: Tensor | None = None) -> Tensor:
         """The loss, from those of pairs or sequences, of which `total`, if given, is the sum that carries the gradient."""
         loss = losses.sum() if total is None else total
@@ -484,11 +255,6 @@ class PairLoss(SequenceLoss):
         """Whether the chosen sequence's unweighted log-probability is part of it, beside the log-ratios."""
         return False
 
-    @property
-    def averages(self) -> bool:
-        """Whether sums over a sequence are divided by its number of tokens."""
-        return False
-
     def log_ratios(self, chosen: SequenceSums, rejected: SequenceSums) -> tuple[Tensor, Tensor]:
         """Effective log-ratios (P,), (P,) that the pair loss compares."""
         return chosen.log_ratio, rejected.log_ratio
@@ -501,13 +267,11 @@ class PairLoss(SequenceLoss):
         """(P,) differentiable losses. `mean_tokens`: of the batch's chosen sequences, () or a number; an NLL divides by it."""
         raise NotImplementedError
 
-    def more_metrics(self, chosen: SequenceSums, rejected: SequenceSums) -> dict[str, Tensor]:
-        """Name -> (P,): what a family of losses reports besides."""
+    def more_metrics(
+        self, chosen: SequenceSums, rejected: SequenceSums, mean_tokens: Tensor | float = 1.0
+    ) -> dict[str, Tensor]:
+        """Name -> (P,): what a family of losses reports besides. `mean_tokens` as in `pair_losses`."""
         return {}
-
-    def kl_slopes(self) -> tuple[float, float]:
-        """How the effective log-ratios of a chosen and of a rejected sequence change with its K, where ρ changes them by 1."""
-        return 0.0, 0.0
 
     def _pair_layout(
         self, labels: Tensor, cu_seqlens: Tensor | None, num_pairs: float | Tensor | None, **like_labels: Tensor | None
@@ -529,30 +293,19 @@ class PairLoss(SequenceLoss):
         token_weights: Tensor | None = None,
         kl_weights: Tensor | None = None,
         ref_logps: Tensor | None = None,
-        num_pairs: float | Tensor | None = None,
+        count: float | Tensor | None = None,
+        **call: Any,
     ) -> PreferenceOutput:
-        """From statistics of already shifted labels, the rest as the caller gave it."""
         totals = self._totals(stats, labels, layout, token_weights, kl_weights)
         sums = self._sequence_sums(totals, ref_logps)
         losses = self.pair_losses(*sums.split(self.interleaved), self._mean_tokens(totals.num_tokens))
         extras = {name: layout.sum(getattr(stats, name)) for name in self.extras}
-        return self._output(sums, losses, num_pairs, extras, totals.num_tokens)
+        return self._output(sums, losses, count, extras, totals.num_tokens)
 
     def _mean_tokens(self, num_tokens: Tensor) -> Tensor | float:
-        """Of (S,) numbers of tokens, the mean of the chosen ones; 1 where sums are means already."""
+        """Of (S,) numbers of tokens, the mean of the chosen ones."""
         chosen, _ = split(num_tokens, self.interleaved)
-        return 1.0 if self.averages else chosen.sum().clamp(min=1) / max(len(chosen), 1)
-
-    def _sequence_sums(self, totals: SequenceSums, ref_logps: Tensor | None) -> SequenceSums:
-        """From sums over the tokens of each sequence: means of them if the loss `averages`, less `ref_logps`."""
-        num_tokens = totals.num_tokens.clamp(min=1)
-        sums = totals._replace(num_tokens=num_tokens)
-        if self.averages:
-            sums = sums.map(lambda total: total / num_tokens)
-        if ref_logps is not None:
-            ref_logp = ref_logps.detach().to(sums.log_ratio.dtype)
-            sums = sums._replace(log_ratio=sums.log_ratio - ref_logp, ref_logp=ref_logp)
-        return sums
+        return chosen.sum().clamp(min=1) / max(len(chosen), 1)
 
     def _output(
         self,
@@ -575,7 +328,7 @@ class PairLoss(SequenceLoss):
             "logps/chosen": chosen.logp,
             "logps/rejected": rejected.logp,
         }
-        reported |= self.more_metrics(chosen, rejected)
+        reported |= self.more_metrics(chosen, rejected, self._mean_tokens(num_tokens))
         if chosen.kl is not None and rejected.kl is not None:
             reported |= {"kl/chosen": chosen.kl, "kl/rejected": rejected.kl, "kl/margin": chosen.kl - rejected.kl}
         return PreferenceOutput(
@@ -588,7 +341,7 @@ class PairLoss(SequenceLoss):
             chosen_kl=chosen.kl,
             rejected_kl=rejected.kl,
             metrics={name: values.sum() / pairs for name, values in reported.items()}
-            | token_metrics(extras, num_tokens, self.interleaved),
+            | token_metrics(extras, num_tokens, lambda values: split(values, self.interleaved)),
         )
 
 
@@ -623,13 +376,13 @@ class PreferenceLoss(PairLoss):
                 "value=-100)[:, 1:]); sum stats.logp - stats.ref_logp, stats.kl, stats.logp and labels[:, 1:] != -100 over "
                 "tokens into SequenceSums; chosen, rejected = sums.split(); ratios = tdpo_log_ratios(chosen, rejected, "
                 "alpha=...), for DPO the log_ratio of each; PAIR_LOSSES[loss_type](Pairs(*ratios, chosen.num_tokens, "
-                "rejected.num_tokens), PairOptions(beta)). All but the op are in fused_tdpo.losses."
+                "rejected.num_tokens), PairOptions(beta)). All but the op are in fused_tdpo.pair_losses."
             )
         super().__post_init__()
-        _check_number("label_smoothing", self.label_smoothing, lambda share: 0 <= share < 0.5, "in [0, 0.5)")
-        _check_number("discopop_tau", self.discopop_tau, lambda tau: tau > 0, "> 0")
+        check_number("label_smoothing", self.label_smoothing, lambda share: 0 <= share < 0.5, "in [0, 0.5)")
+        check_number("discopop_tau", self.discopop_tau, lambda tau: tau > 0, "> 0")
         if self.ld_alpha is not None:
-            _check_number("ld_alpha", self.ld_alpha, lambda alpha: 0 <= alpha <= 1, "in [0, 1], or None")
+            check_number("ld_alpha", self.ld_alpha, lambda alpha: 0 <= alpha <= 1, "in [0, 1], or None")
         self._check_loss_types()
 
     @property
@@ -639,13 +392,13 @@ class PreferenceLoss(PairLoss):
 
     def _check_loss_types(self) -> None:
         for name in self.loss_types:
-            _check_choice("loss_type", name, PAIR_LOSSES)
+            check_choice("loss_type", name, PAIR_LOSSES)
         if not self.loss_types:
             raise ValueError("loss_type must name at least one loss; got none")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_types):
             raise ValueError(f"loss_weights must be {len(self.loss_types)} numbers, as loss_type; got {self.loss_weights!r}")
         for weight in self.loss_weights or ():
-            _check_number("loss_weights", weight, lambda _: True, "for each loss type")
+            check_number("loss_weights", weight, lambda _: True, "for each loss type")
         if self.label_smoothing and not {*self.loss_types} & {*SMOOTHED}:
             raise ValueError(
                 f"loss_type={self.loss_type!r} takes no label_smoothing; got {self.label_smoothing}. Set it to 0, or use "
@@ -736,6 +489,9 @@ class PreferenceLoss(PairLoss):
     def statistics(self) -> tuple[str, ...]:
         return (*self.extras, "log_sum_sq_probs") if self.use_weighting else tuple(self.extras)
 
+    def _mean_tokens(self, num_tokens: Tensor) -> Tensor | float:
+        return 1.0 if self.averages else super()._mean_tokens(num_tokens)  # 1 where sums are means already
+
     def op_options(self) -> dict[str, Any]:
         return super().op_options() | {"divergence": self.divergence, "divergence_alpha": self.divergence_alpha}
 
@@ -749,20 +505,8 @@ class PreferenceLoss(PairLoss):
         num_pairs: float | Tensor | None,
     ) -> SequenceLayout:
         layout = self._pair_layout(labels, cu_seqlens, num_pairs, token_weights=token_weights, kl_weights=kl_weights)
-        _check_like("ref_logps", ref_logps, (layout.num_sequences,), labels)
+        check_like("ref_logps", ref_logps, (layout.num_sequences,), labels)
         return layout
-
-    def _check_reference(self, name: str, ref: Tensor | None, kl_weights: Tensor | None, ref_logps: Tensor | None) -> None:
-        """`ref` is the reference's `name`: its logits or hidden states."""
-        if (ref is None) == (ref_logps is None):
-            given = "neither" if ref is None else "both"
-            raise ValueError(
-                f"the reference must be given once, as {name} or as ref_logps; got {given}. Pass {name}, or None in its place "
-                "with ref_logps=..."
-            )
-        if kl_weights is not None and ref is None:
-            raise ValueError(f"kl_weights weigh the KL, which does not exist without {name}; pass these, or leave it out")
-        check_extras(self.extras, ref is not None, name)
 
     def _tail_weights(self, counted: Tensor, num_tokens: Tensor, layout: SequenceLayout) -> Tensor | None:
         """LD-DPO: 1 for as many tokens as both sequences of a pair have, `alpha` for those that only the longer one has."""
@@ -795,9 +539,9 @@ class TDPOLoss(PreferenceLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number("alpha", self.alpha, lambda alpha: alpha >= 0, ">= 0")
-        _check_choice("variant", self.variant, ("tdpo1", "tdpo2"))
-        _check_choice("reward", self.reward, ("tdpo", "effective"))
+        check_number("alpha", self.alpha, lambda alpha: alpha >= 0, ">= 0")
+        check_choice("variant", self.variant, ("tdpo1", "tdpo2"))
+        check_choice("reward", self.reward, ("tdpo", "effective"))
 
     def log_ratios(self, chosen: SequenceSums, rejected: SequenceSums) -> tuple[Tensor, Tensor]:
         return tdpo_log_ratios(chosen, rejected, alpha=self.alpha, variant=self.variant)
@@ -822,10 +566,10 @@ class TDPOLoss(PreferenceLoss):
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class DPOLoss(PreferenceLoss):
-    """DPO (arXiv 2305.18290). Without reference logits, call `loss(policy_logits, None, labels, ref_logps=...)`.
+    """DPO (arXiv 2305.18290): a pair loss of plain log-ratios, r = ρ.
 
-    With them the sequential KL is reported, but has no part in the loss or its gradient. Options are the fields below and those
-    of `PreferenceLoss`.
+    Without reference logits, call `loss(policy_logits, None, labels, ref_logps=...)`. With them the sequential KL is reported,
+    but has no part in the loss or its gradient. Options are the fields below and those of `PreferenceLoss`.
     """
 
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
@@ -837,13 +581,13 @@ class DPOLoss(PreferenceLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_choice("f_divergence", self.f_divergence, ("reverse_kl", "forward_kl", "js", "alpha"))
+        check_choice("f_divergence", self.f_divergence, ("reverse_kl", "forward_kl", "js", "alpha"))
         if self.f_divergence == "alpha":
-            _check_number("f_alpha", self.f_alpha, lambda alpha: 0 < alpha < 1, "in (0, 1) for f_divergence='alpha'")
+            check_number("f_alpha", self.f_alpha, lambda alpha: 0 < alpha < 1, "in (0, 1) for f_divergence='alpha'")
         elif self.f_alpha is not None:
             raise ValueError(f"f_alpha is an option of f_divergence='alpha'; got f_divergence={self.f_divergence!r}")
         if self.f_max_exponent is not None:
-            _check_number("f_max_exponent", self.f_max_exponent, lambda exponent: exponent > 0, "> 0, or None")
+            check_number("f_max_exponent", self.f_max_exponent, lambda exponent: exponent > 0, "> 0, or None")
             if self.f_divergence not in ("forward_kl", "alpha"):
                 raise ValueError(f"f_max_exponent is for what has an exponent; got f_divergence={self.f_divergence!r}")
         margins = [name for name in self.loss_types if PAIR_FORMS[name].kind == "margin"]
@@ -864,7 +608,9 @@ class DPOLoss(PreferenceLoss):
     def reward_log_ratios(self, chosen: SequenceSums, rejected: SequenceSums) -> tuple[Tensor, Tensor]:
         return chosen.log_ratio, rejected.log_ratio
 
-    def more_metrics(self, chosen: SequenceSums, rejected: SequenceSums) -> dict[str, Tensor]:
+    def more_metrics(
+        self, chosen: SequenceSums, rejected: SequenceSums, mean_tokens: Tensor | float = 1.0
+    ) -> dict[str, Tensor]:
         if self.f_max_exponent is None:
             return {}
         least = -self.f_max_exponent / (self.f_alpha or 1.0)
@@ -877,20 +623,3 @@ def _log_likelihood(sums: SequenceSums) -> Tensor:
     if sums.log_sum_sq_probs is None:
         raise ValueError("use_weighting needs log_sum_sq_probs of both sequences; got None")
     return (sums.logp.detach() - sums.log_sum_sq_probs) / sums.num_tokens
-
-
-def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    if value not in tuple(choices):  # by equality: a value need not be hashable
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-
-
-def _check_number(name: str, value: object, fits: Callable[[float], bool], expected: str) -> None:
-    if not (isinstance(value, Real) and isfinite(value) and fits(float(value))):
-        raise ValueError(f"{name} must be a finite number {expected}; got {value!r}")
-
-
-def _check_like(name: str, tensor: Tensor | None, shape: tuple[int, ...], labels: Tensor) -> None:
-    if tensor is None:
-        return
-    if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.device != labels.device:
-        raise ValueError(f"{name} must have shape {tuple(shape)} on {labels.device}, to go with labels; got {describe(tensor)}")

@@ -95,3 +95,26 @@ class PreferenceOutput(NamedTuple):
     tokens. Reading them is what synchronises, not making them."""
     engine: Engine | None = None
     """Of a loss from hidden states; None from logits."""
+
+
+class UnpairedOutput(NamedTuple):
+    """What a loss of single sequences returns. Only ``loss`` is differentiable; everything else is detached.
+
+    S sequences. A field is ``None`` where the quantity does not exist (no KL without reference logits).
+    """
+
+    loss: Tensor
+    """() the value to call ``backward()`` on."""
+    losses: Tensor
+    """(S,) loss of each sequence."""
+    rewards: Tensor
+    """(S,) implicit reward of each sequence."""
+    logps: Tensor
+    """(S,) policy log-probability of each sequence, in nats, summed over its tokens."""
+    kl: Tensor | None
+    """(S,) sequential KL of each sequence, as in `PreferenceOutput`."""
+    metrics: dict[str, Tensor]
+    """0-dim tensors under the names that TRL logs: means over the desirable sequences ("chosen") and over the others
+    ("rejected"), 0 where there are none; the reference point, as "kl" or "delta"; means of a loss's `extras` over tokens."""
+    engine: Engine | None = None
+    """Of a loss from hidden states; None from logits."""

@@ -29,7 +29,9 @@ def module_name(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------- names and defaults
 
 PUBLIC = [
-    "DPOLoss", "LMHead", "LinearDPOLoss", "LinearTDPOLoss", "PreferenceOutput", "TDPOLoss", "TokenStats", "linear_token_stats",
+    "BCOLoss", "CPOLoss", "DPOLoss", "KTOLoss", "LMHead", "LinearBCOLoss", "LinearCPOLoss", "LinearDPOLoss", "LinearKTOLoss",
+    "LinearORPOLoss", "LinearSimPOLoss", "LinearTDPOLoss", "LinearTIDPOLoss", "ORPOLoss", "PreferenceOutput", "SimPOLoss",
+    "TDPOLoss", "TIDPOLoss", "TokenStats", "UnpairedOutput", "kto_reference_point", "linear_token_stats", "token_importance",
     "token_stats",
 ]  # fmt: skip
 
@@ -91,7 +93,8 @@ def test_token_stats_signature():
     assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in TOKEN_STATS_DEFAULTS)
 
 
-LOSSES = [fused_tdpo.TDPOLoss, fused_tdpo.DPOLoss, fused_tdpo.LinearTDPOLoss, fused_tdpo.LinearDPOLoss]
+FAMILIES = ["TDPOLoss", "DPOLoss", "TIDPOLoss", "SimPOLoss", "CPOLoss", "ORPOLoss", "KTOLoss", "BCOLoss"]
+LOSSES = [getattr(fused_tdpo, f"{level}{name}") for name in FAMILIES for level in ("", "Linear")]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
@@ -103,7 +106,7 @@ def test_losses_share_the_defaults_of_token_stats(loss: type[torch.nn.Module]):
     assert {name: options[name] for name in shared} == {name: LINEAR_DEFAULTS[name] for name in shared}
 
 
-@pytest.mark.parametrize("name", ["TDPOLoss", "DPOLoss"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_losses_from_hidden_states_take_the_arguments_of_those_from_logits(name: str):
     logits, hidden = getattr(fused_tdpo, name), getattr(fused_tdpo, f"Linear{name}")
     assert defaults(hidden) == defaults(logits) | {"engine": "auto", "max_chunk_bytes": None, "logits_dtype": None}
@@ -184,13 +187,14 @@ LAYERS = (  # a module imports from the layers below its own, never from its own
     {"__init__", "__main__"},
     {"cli"},
     {"integrations"},
+    {"reference_free", "ti_dpo", "unpaired"},
     {"linear_losses"},
     {"losses"},
     {"ops"},
     {"functions", "_layout"},
     {"_projection", "heads"},
     {"_backends"},
-    {"kernels", "reference", "_torch_backend", "_checks", "_chunks"},
+    {"kernels", "reference", "_torch_backend", "_checks", "_chunks", "pair_losses"},
     {"types"},
 )
 OUTSIDE = {  # what else than torch may be imported

@@ -344,36 +344,47 @@ TWICE = (
 
 
 @pytest.mark.parametrize("kind", [{"divergence": "reverse_kl"}, *TWICE], ids=lambda kind: "-".join(map(str, kind.values())))
-@pytest.mark.parametrize("name", ["last-group-partial", "narrow", "cut-in-three"])
+@pytest.mark.parametrize("name", [*IN_PLACE, "fp32", "bf16-beside-fp32", "extras"])
 def test_other_divergences(name, kind, monkeypatch):
     """Forward of KL(p || q) reads each logit once, of those that need both sums of exponentials twice; backward always once."""
-    case = CASES[name]
+    case = (CASES | WITH_EXTRAS)[name]
     if case.cut:
         monkeypatch.setattr(kernels, "SEGMENT_COLUMNS", case.cut)
         monkeypatch.setattr(kernels, "backward_chunk", lambda tile: case.cut)
     inputs = make(case)
+    active = int(inputs.active.sum())
     passes = [f"token_stats_{step}_kernel" for step in ("fold", "compare")][: 2 if kind in TWICE else 1]
     with torch.no_grad(), counted_traffic() as traffic:
-        token_stats(inputs.policy, inputs.ref, inputs.labels, **options(case), **kind)
-    beside_label = torch.arange(inputs.memory["policy"].shape[1]) == inputs.labels[:, None]
+        token_stats(inputs.policy, inputs.ref, inputs.labels, extras=case.extras, **options(case), **kind)
     for what, memory in inputs.memory.items():
+        group = torch.arange(memory.shape[1]) // case.group
+        beside_label = group == inputs.labels[:, None] // case.group  # accuracy looks at this group again
         for kernel in passes:
             assert_rows_read_once(f"{what}, {kernel}", traffic.reads(memory, kernel), case, inputs.active, beside_label)
         only = sum(traffic.reads(memory, kernel) for kernel in [*passes, "finish"])
         assert torch.equal(traffic.reads(memory), only), f"{what}: another kernel read it"
         assert not traffic.writes(memory).any(), f"{what} was written"
+    logits = len(passes) * active * case.V * case.logit_bytes
+    assert logits <= traffic.bytes_read() <= ALLOWED * logits + 512 * N * case.segments, "and O(N) besides"
+    assert traffic.bytes_written() <= 512 * N * case.segments, "O(N), whatever V"
     assert [kernel for kernel, _, _ in traffic.launches] == [
         "token_stats_fold_kernel",
         "token_stats_finish_kernel",
         *(["token_stats_compare_kernel", "token_stats_settle_kernel"] if kind in TWICE else []),
     ]
 
-    leaf = inputs.policy.requires_grad_()
-    stats = token_stats(leaf, inputs.ref, inputs.labels, **options(case), **kind)
-    with counted_traffic() as traffic:
-        torch.autograd.grad(stats.kl + stats.logp, leaf, torch.tensor([0.0, 1.0, 1.0]))
-    assert_rows_read_once("ref", traffic.reads(inputs.memory["ref"]), case, inputs.active & (torch.arange(N) != 0))
-    assert traffic.bytes_written() == N * case.width * case.dtype.itemsize
+    for in_place in (False, True):
+        leaf = inputs.policy.requires_grad_()
+        logits = leaf.view_as(leaf)
+        stats = token_stats(logits, inputs.ref, inputs.labels, inplace_backward=in_place, **options(case), **kind)
+        with counted_traffic() as traffic:
+            torch.autograd.grad(stats.kl + stats.logp, leaf, torch.tensor([0.0, 1.0, 1.0]))
+        assert_rows_read_once("policy", traffic.reads(inputs.memory["policy"]), case, inputs.active)
+        assert_rows_read_once("ref", traffic.reads(inputs.memory["ref"]), case, inputs.active & (torch.arange(N) != 0))
+        gradient = traffic.argument("d_policy_ptr")
+        assert (gradient.untyped_storage().data_ptr() == inputs.policy.untyped_storage().data_ptr()) == in_place
+        assert (traffic.writes(gradient) == 1).all(), "an element of the gradient was not written once"
+        assert traffic.bytes_written() == N * case.width * case.dtype.itemsize, "something else was written"
 
 
 @pytest.mark.parametrize(

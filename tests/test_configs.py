@@ -163,7 +163,7 @@ def test_decisions_see_no_tensor(kernels):
         kernels.tiling: ["V", "itemsize", "wide"],
         kernels.segmentation: ["V", "tile"],
         kernels.backward_chunk: ["tile"],
-        kernels.fold_registers: ["tile", "extras"],
+        kernels.fold_registers: ["tile", "extras", "reverse"],
         kernels.backward_registers: ["tile", "dtype"],
     }
     assert {function: list(inspect.signature(function).parameters) for function in arguments} == arguments
@@ -178,16 +178,18 @@ def resident_warps(registers: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("wide", "extras", "registers", "warps"),
+    ("wide", "extras", "reverse", "registers", "warps"),
     [
-        pytest.param(True, False, 80, 24, id="wide"),  # of which bfloat16 on sm_90 takes 72, and 28 warps fit
-        pytest.param(True, True, 112, 16, id="extras"),  # more running sums
-        pytest.param(False, False, 96, 20, id="narrow"),  # an address a column
-        pytest.param(False, True, 112, 16, id="narrow-extras"),
+        pytest.param(True, False, False, 80, 24, id="wide"),  # of which bfloat16 on sm_90 takes 72, and 28 warps fit
+        pytest.param(True, True, False, 112, 16, id="extras"),  # more running sums
+        pytest.param(True, False, True, 96, 20, id="reverse"),
+        pytest.param(False, False, False, 96, 20, id="narrow"),  # an address a column
+        pytest.param(False, True, False, 112, 16, id="narrow-extras"),
+        pytest.param(False, False, True, 112, 16, id="narrow-reverse"),
     ],
 )
-def test_registers_of_fold(wide, extras, registers, warps, kernels):
-    assert kernels.fold_registers(kernels.tiling(32_000, 2, wide), extras) == registers
+def test_registers_of_fold(wide, extras, reverse, registers, warps, kernels):
+    assert kernels.fold_registers(kernels.tiling(32_000, 2, wide), extras, reverse) == registers
     assert resident_warps(registers) == warps
 
 

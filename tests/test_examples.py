@@ -35,6 +35,13 @@ def test_plain_loop():
     assert column(output, "kl/chosen")[0] == 0 < column(output, "kl/chosen")[-1]
 
 
+def test_ti_dpo():
+    output = run("ti_dpo.py", "--steps", "30")
+    losses, triplets, margins = column(output, "loss"), column(output, "triplet"), column(output, "rewards/margins")
+    assert (losses[0], triplets[0], margins[0]) == (0.6941, 0.01, 0.0)  # log 2 and a tenth of the margin of the triplet
+    assert losses[-1] < 0.6 and margins[-1] > 0.2 and column(output, "rewards/accuracies")[-1] == 1.0
+
+
 def test_distill():
     kl = column(run("distill.py", "--steps", "40"), "student)")
     assert len(kl) == 3 and kl[-1] < 0.9 * kl[0]

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_tdpo
 from contract_linear import one_thread  # noqa: F401 - a fixture, which pytest finds by its name
 from fused_tdpo import DPOLoss, LinearDPOLoss, LinearTDPOLoss, LMHead, PreferenceOutput, TDPOLoss
-from fused_tdpo.losses import PAIR_LOSSES
+from fused_tdpo.pair_losses import PAIR_LOSSES
 from official_tdpo import IGNORE, expected_sums
 from tolerances import assert_exactly_zero, assert_same_bits, assert_within_budget
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_tdpo import DPOLoss, PreferenceOutput, TDPOLoss
-from fused_tdpo.losses import PAIR_FORMS, PAIR_LOSSES
+from fused_tdpo.pair_losses import PAIR_FORMS, PAIR_LOSSES
 from official_tdpo import (
     IGNORE,
     UNEVEN,

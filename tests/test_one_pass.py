@@ -20,7 +20,7 @@ from fused_tdpo._chunks import plan_pairs, split
 from fused_tdpo._projection import row_bytes
 from fused_tdpo.functions.linear_token_stats import LinearOptions
 from fused_tdpo.functions.one_pass import Job, Objective, OnePassFunction, Sums
-from fused_tdpo.losses import PAIR_FORMS, PAIR_LOSSES, Form, SequenceSums
+from fused_tdpo.pair_losses import PAIR_FORMS, PAIR_LOSSES, Form, SequenceSums
 from fused_tdpo.reference import token_stats_reference
 from fused_tdpo.types import EXTRAS
 from products import counted_products

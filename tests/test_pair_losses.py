@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import fused_tdpo.losses
+import fused_tdpo.pair_losses
 from fused_tdpo import DPOLoss, LinearDPOLoss, LinearTDPOLoss, PreferenceOutput, TDPOLoss
-from fused_tdpo.losses import PAIR_FORMS, PAIR_LOSSES, SMOOTHED, PairOptions, Pairs, f_dpo_scores
+from fused_tdpo.pair_losses import PAIR_FORMS, PAIR_LOSSES, SMOOTHED, PairOptions, Pairs, f_dpo_scores
 from official_tdpo import IGNORE, Batch, effective_ratios, expected_sums, make_batch, value_and_grad
 from tolerances import assert_exactly_zero, assert_same_bits, assert_within_budget
 
@@ -483,7 +483,7 @@ def test_the_recipe_for_differentiable_pairs_runs() -> None:
     labels = torch.nn.functional.pad(batch.labels, (0, 1), value=IGNORE)[:, 1:]
     stats = fused_tdpo.token_stats(batch.policy, batch.ref, labels)
     rows = (stats.logp - stats.ref_logp, stats.kl, stats.logp, (labels != IGNORE).double())
-    chosen, rejected = fused_tdpo.losses.SequenceSums(*(row.sum(-1) for row in rows)).split()
-    found = fused_tdpo.losses.tdpo_log_ratios(chosen, rejected, alpha=0.5)
+    chosen, rejected = fused_tdpo.pair_losses.SequenceSums(*(row.sum(-1) for row in rows)).split()
+    found = fused_tdpo.pair_losses.tdpo_log_ratios(chosen, rejected, alpha=0.5)
     losses = PAIR_LOSSES["ipo"](Pairs(*found, chosen.num_tokens, rejected.num_tokens), PairOptions(0.1))
     near("losses", losses, TDPOLoss(loss_type="ipo")(*batch[:3]).losses)

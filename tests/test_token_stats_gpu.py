@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from accuracy_table import divergence_from_ratio
 from contract_token_stats import (
     EXTRAS,
     POLICY_EXTRAS,
@@ -28,6 +29,7 @@ from contract_token_stats import (
     run,
 )
 from fused_tdpo import TokenStats, token_stats
+from tolerances import TINY_KL_RELATIVE, assert_exactly_zero, assert_relative, assert_same_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -197,6 +199,100 @@ class TestTritonGPU(TritonContract, RealSizes):
         milliseconds(labels)  # compile
         every, some = milliseconds(labels), milliseconds(few)
         assert some < 0.5 * every, f"all rows take {every:.3f} ms, a sixteenth of them {some:.3f} ms"
+
+
+DIVERGENCES = [
+    pytest.param({"divergence": "reverse_kl"}, id="reverse_kl"),
+    pytest.param({"divergence": "js"}, id="js"),
+    *(pytest.param({"divergence": "alpha", "divergence_alpha": a}, id=f"alpha{a}") for a in (0.3, 0.7, 2.0)),
+]
+divergences = pytest.mark.parametrize("kind", DIVERGENCES)
+
+
+class RealDivergences:
+    """The other divergences at real sizes; small ones are in test_divergences.py, which runs here, too."""
+
+    backend: Backend
+
+    @divergences
+    @pytest.mark.parametrize("V", [32000, 151936, 151665])
+    @pytest.mark.parametrize("dtype", [fp32, bf16, fp16], ids=SHORT.get)
+    def test_real_vocabulary(self, dtype, V, kind):
+        check(self.backend, make_case("cuda", (16,), V, dtype=dtype, extras=EXTRAS, **kind))
+
+    @divergences
+    def test_real_strides_and_widths(self, kind):
+        check(self.backend, make_case("cuda", (2, 9), 50257, dtype=bf16, layout="shifted", ref_layout="offset1", **kind))
+        widths = {"widths": (151936, 152064), "vocab_size": 151665}
+        check(self.backend, make_case("cuda", (4,), 151665, dtype=bf16, **widths, **kind))
+
+    @divergences
+    @pytest.mark.parametrize("V", [32000, 151936])
+    @pytest.mark.parametrize("distance", [1e-5, 1e-3, 1e-1])
+    def test_tiny_values_of_a_real_vocabulary(self, distance, V, kind):
+        z = 3.0 * noise(8, V, seed=1, device="cuda")
+        x = z + distance * noise(8, V, seed=2, device="cuda")
+        got = self.backend(x, z, torch.zeros(8, dtype=torch.int64, device="cuda"), **kind).kl
+        assert (got >= 0).all(), f"{got.min().item()} is negative"
+        assert_relative("real vocabulary", got, divergence_from_ratio(x, z, **kind), TINY_KL_RELATIVE)
+
+    @divergences
+    def test_equal_logits_and_masked_columns_of_a_real_vocabulary(self, kind):
+        case = make_case("cuda", (8,), 151936, dtype=bf16, ignore_every=99, **kind)
+        case = case.with_(labels=case.labels % 151665)
+        columns = torch.arange(151936, device="cuda")
+        mask = (columns >= 151665) | (columns % 5 == 0)
+        mask = mask.repeat(8, 1).scatter(-1, case.labels.unsqueeze(-1), False)
+        policy, ref = case.policy.masked_fill(mask, float("-inf")), case.ref.masked_fill(mask, float("-inf"))
+        stats, grad = check(self.backend, case.with_(policy=policy, ref=ref))
+        assert stats.kl.isfinite().all() and grad.isfinite().all(), f"{stats.kl.tolist()}"
+        assert_exactly_zero("equal logits", self.backend(policy, policy.clone(), case.labels, **kind).kl)
+
+    @divergences
+    def test_twice_in_place_and_without_synchronising(self, kind):
+        case = make_case("cuda", (64,), 32000, dtype=bf16, **kind)
+        expected = run(self.backend, case)  # compiles
+        torch.cuda.synchronize()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            got = run(self.backend, case)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_same_outcome("second run", got, expected)
+        leaf = case.policy.clone().requires_grad_()
+        stats = self.backend(leaf + 0, case.ref, case.labels, inplace_backward=True, **case.options)
+        torch.autograd.backward([stats.logp, stats.kl], [case.g_logp, case.g_kl])
+        assert_same_bits("the gradient in place", leaf.grad, expected.grad)
+
+
+class TestTritonDivergencesGPU(RealDivergences):
+    backend = Backend("triton", "cuda")
+
+    @divergences
+    def test_memory(self, kind):
+        """No logits beside the gradient, also where forward reads them twice."""
+        N, V = 2048, 32000
+        leaf, ref = (torch.zeros(N, V, device="cuda", dtype=bf16) for _ in range(2))
+        labels = torch.zeros(N, device="cuda", dtype=torch.int64)
+        logits = leaf.requires_grad_().view(N, V)  # not a leaf, no copy
+        outputs: list[TokenStats] = []
+
+        def forward() -> None:
+            outputs[:] = [self.backend(logits, ref, labels, **kind)]
+
+        def backward() -> None:
+            torch.autograd.grad(outputs[0].logp.sum() + outputs[0].kl.sum(), logits)
+
+        forward()
+        backward()  # compile
+        size = N * V * leaf.element_size()
+        for what, function, allowed in (("forward", forward, 0), ("backward", backward, size)):
+            peak = peak_of(function)
+            assert peak <= allowed + size // 100, f"{what} allocated {peak / 2**20:.1f} MiB, expected {allowed / 2**20:.1f}"
+
+
+class TestTorchDivergencesGPU(RealDivergences):
+    backend = Backend("torch", "cuda")
 
 
 class TestTorchGPU(RealSizes, Float64Contract, PoisonsBadLabels):

@@ -38,7 +38,7 @@ from tiny_models import (
 
 transformers = pytest.importorskip("transformers")
 from fused_tdpo.integrations.data import PreferenceCollator  # noqa: E402
-from fused_tdpo.losses import PAIR_LOSSES  # noqa: E402
+from fused_tdpo.pair_losses import PAIR_LOSSES  # noqa: E402
 from naive_trainer import NaiveTrainer, Objective, naive_trl_trainer, pad_pairs  # noqa: E402  (needs transformers)
 
 MODULES = ("transformers", "trl")

@@ -12,7 +12,7 @@ from fused_tdpo.heads import LMHead, eval_mode, unwrap
 from fused_tdpo.integrations._steps import accept_steps, current_head, hidden_states, through_head
 from fused_tdpo.integrations.ref_hidden import precompute_ref_hidden, spread
 from fused_tdpo.linear_losses import ENGINES, LinearDPOLoss, LinearPreferenceLoss, LinearTDPOLoss
-from fused_tdpo.losses import TOKEN_METRICS
+from fused_tdpo.pair_losses import TOKEN_METRICS
 from fused_tdpo.types import PreferenceOutput
 
 VARIANTS = ("tdpo1", "tdpo2", "dpo")
