@@ -19,6 +19,7 @@ import accuracy_table
 import fused_tdpo
 import loss_table
 from contract_token_stats import kl_from_delta, noise
+from fused_tdpo.losses import PairLoss
 from fused_tdpo.types import EXTRAS
 from tolerances import TINY_KL_RELATIVE, assert_relative, assert_within_budget
 
@@ -126,7 +127,10 @@ def test_the_swap_of_trainers_trains(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert after - before == {"eval_kl/chosen", "eval_kl/rejected", "eval_kl/margin"} and before <= after
 
 
-@pytest.mark.parametrize("name", ["", ".losses", ".linear_losses", ".heads", ".ops", ".functions", ".reference", ".types"])
+@pytest.mark.parametrize(
+    "name",
+    ["", ".losses", ".linear_losses", ".heads", ".ops", ".functions", ".reference", ".types", ".pair_losses", ".unpaired"],
+)
 def test_docstring_examples(name: str):
     assert doctest.testmod(importlib.import_module(f"fused_tdpo{name}")).failed == 0
 
@@ -147,11 +151,17 @@ def defaults(function: object) -> dict[str, str]:
     return {p.name: repr(p.default) for p in parameters if p.default is not p.empty}
 
 
+OTHERS = [
+    fused_tdpo.TIDPOLoss, fused_tdpo.SimPOLoss, fused_tdpo.CPOLoss, fused_tdpo.ORPOLoss, fused_tdpo.KTOLoss, fused_tdpo.BCOLoss,
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "functions"),
     [
         ("token_stats", [fused_tdpo.token_stats]),
         ("losses", [fused_tdpo.TDPOLoss, fused_tdpo.DPOLoss]),
+        ("others", OTHERS),
         ("call", [fused_tdpo.TDPOLoss.forward]),
         ("linear", [fused_tdpo.linear_token_stats, fused_tdpo.LinearTDPOLoss, fused_tdpo.LinearDPOLoss]),
     ],
@@ -161,6 +171,9 @@ def test_options_tables_equal_the_signatures(name: str, functions: list):
     assert all(row[-1] for row in rows), "an option without a meaning"
     for column, function in enumerate(functions, 1):
         shown, options = {row[0]: row[column] for row in rows if row[column] != "–"}, defaults(function)
+        if name == "others":
+            shared = defaults(fused_tdpo.TDPOLoss if issubclass(function, fused_tdpo.TDPOLoss) else PairLoss).keys() - {"beta"}
+            options = {option: default for option, default in options.items() if option not in shared}
         if name == "linear":  # what they share with their counterparts is in those tables
             counterpart = getattr(fused_tdpo, function.__name__.replace("linear_", "").replace("Linear", ""))
             options = {option: default for option, default in options.items() if option not in defaults(counterpart)}
