@@ -48,7 +48,7 @@ def configured(config: Config) -> Iterator[None]:
 
     choices: dict[str, object] = {"tiling": tiling}
     if "segment" in config:
-        choices |= {"SEGMENT_COLUMNS": config["segment"], "fold_registers": lambda tile, extras: config["registers"]}
+        choices |= {"SEGMENT_COLUMNS": config["segment"], "fold_registers": lambda *_: config["registers"]}
     if "tiles" in config:
         choices["backward_chunk"] = lambda tile: config["tiles"] * tile.columns
         choices["backward_registers"] = lambda tile, dtype: config["registers"]
@@ -62,7 +62,10 @@ def default_config(phase: str, inputs: Inputs) -> Config:
     tile = kernels.tiling(V, inputs.policy.element_size(), kernels.is_wide(V, inputs.policy[None], inputs.ref[None]))
     common = {"warps": tile.num_warps, "pairs": tile.K * tile.E}
     if phase == "forward":
-        return common | {"registers": kernels.fold_registers(tile, extras=False), "segment": kernels.SEGMENT_COLUMNS}
+        return common | {
+            "registers": kernels.fold_registers(tile, extras=False, reverse=False),
+            "segment": kernels.SEGMENT_COLUMNS,
+        }
     registers = kernels.backward_registers(tile, inputs.policy.dtype)
     return common | {"registers": registers, "tiles": kernels.backward_chunk(tile) // tile.columns}
 

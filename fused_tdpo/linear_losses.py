@@ -76,6 +76,17 @@ class LinearSequenceLoss(SequenceLoss):
         """Why this loss cannot go in one pass, if so. `weighted`: a call with `token_weights`."""
         raise NotImplementedError
 
+    def _linear_options(self, inputs: LinearInputs, device: torch.device) -> dict[str, Any]:
+        """What `linear_stats` takes from the loss."""
+        options = self.op_options()
+        backend, _ = choose_backend(self.backend, device.type, (inputs.dtype, inputs.ref_dtype or inputs.dtype))
+        return options | {
+            "backend": backend,
+            "divergence": as_divergence(options["divergence"], options.pop("divergence_alpha")),
+            "max_chunk_bytes": self.max_chunk_bytes,
+            "logits_dtype": self.logits_dtype,
+        }
+
     def _from_hidden(
         self,
         inputs: LinearInputs,
@@ -92,8 +103,8 @@ class LinearSequenceLoss(SequenceLoss):
     ) -> Any:
         """Everything as the caller gave it, once it was checked; `call` is what `_from_stats` takes besides, and `obstacle` why
         this call cannot go in one pass."""
-        backend, _ = choose_backend(self.backend, labels.device.type, (inputs.dtype, inputs.ref_dtype or inputs.dtype))
-        engine = choose_engine(self.engine, backend, obstacle or self.obstacle(weights[0] is not None))
+        options = self._linear_options(inputs, labels.device)
+        engine = choose_engine(self.engine, options["backend"], obstacle or self.obstacle(weights[0] is not None))
         labels = layout.shift(labels, self.ignore_index)
         counts = layout.sum((labels != self.ignore_index).to(stats_dtype(inputs.dtype, inputs.ref_dtype)))
         lengths = wrong = None
@@ -105,12 +116,6 @@ class LinearSequenceLoss(SequenceLoss):
                 raise ValueError(
                     f"valid_rows must be the numbers of labels that count in each sequence, {expected}; got {lengths}"
                 )
-        options: dict[str, Any] = self.op_options() | {
-            "backend": backend,
-            "max_chunk_bytes": self.max_chunk_bytes,
-            "logits_dtype": self.logits_dtype,
-        }
-        options["divergence"] = as_divergence(options["divergence"], options.pop("divergence_alpha"))
         if engine.name == "one_pass":
             # It holds a callable, which no graph can: dynamo must not look inside.
             one_pass = torch.compiler.disable(self._one_pass) if torch.compiler.is_compiling() else self._one_pass

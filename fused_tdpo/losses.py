@@ -453,7 +453,8 @@ class PreferenceLoss(PairLoss):
             token_weights: as `labels`; the weight of the log-ratio of token `labels[s, t]`. May require grad.
             kl_weights: as `labels`; the weight of the divergence where `labels[s, t]` is predicted. May require grad.
             cu_seqlens: (S + 1,) int32 or int64; sequence s is the rows cu_seqlens[s] to cu_seqlens[s + 1] - 1.
-            num_pairs: divide by this number instead of P, for a mean over ranks and accumulated batches; int or 0-dim.
+            num_pairs: divide by this number instead of P, for a mean over ranks and accumulated batches; int or 0-dim. The
+                mean over tokens of an NLL ("sft") stays that of the call.
             valid_rows: not needed from logits; accepted so that calls may be shared with the losses from hidden states.
             ref_logps: (S,), DPO only: precomputed sums (means with `average_log_prob`) of the reference's log-probabilities,
                 weighted by the same `token_weights` and `ld_alpha`.
@@ -559,7 +560,7 @@ class TDPOLoss(PreferenceLoss):
         if ref is None or ref_logps is not None:
             raise ValueError(
                 f"TDPO needs {name}: its KL takes the reference's whole distribution at each token, of which ref_logps keep "
-                f"the label's entry only. Pass {name} alone, or use {type(self).__name__.replace('TDPO', 'DPO')} with "
+                f"the label's entry only. Pass {name} alone, or use {'LinearDPOLoss' if 'hidden' in name else 'DPOLoss'} with "
                 "ref_logps."
             )
 

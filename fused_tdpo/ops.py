@@ -150,7 +150,7 @@ def linear_inputs(
     vocab_size: int | None,
 ) -> LinearInputs:
     """Everything about the tensors of the hidden level that can be refused without looking at values."""
-    policy = _as_head("policy_head", policy_head)
+    policy = as_head("policy_head", policy_head)
     dtype = check_hidden("policy_hidden", policy_hidden, "policy_head", policy.weight, labels)
     if (ref_hidden is None) != (ref_head is None):
         raise ValueError(
@@ -159,7 +159,7 @@ def linear_inputs(
         )
     ref, ref_dtype = None, None
     if ref_hidden is not None and ref_head is not None:
-        ref = _as_head("ref_head", ref_head)
+        ref = as_head("ref_head", ref_head)
         ref_dtype = check_hidden("ref_hidden", ref_hidden, "ref_head", ref.weight, labels)
         if ref_hidden.device != policy_hidden.device:
             raise ValueError(
@@ -174,7 +174,8 @@ def linear_inputs(
     return LinearInputs(policy, ref, V, dtype, ref_dtype)
 
 
-def _as_head(name: str, head: object) -> LMHead:
+def as_head(name: str, head: object) -> LMHead:
+    """A weight as an `LMHead`, or such a one as it is."""
     if isinstance(head, Tensor):
         if head.dim() != 2:
             raise ValueError(f"{name} must be a weight (V, D), or an LMHead; got {describe(head)}. {LINEAR_ORDER}")

@@ -96,7 +96,8 @@ def tdpo_log_ratios(
 def f_dpo_scores(
     log_ratio: Tensor, f_divergence: str, f_alpha: float | None = None, max_exponent: float | None = None
 ) -> Tensor:
-    """f'(e^ρ) − f'(1) of log-ratios ρ, which f-DPO compares where DPO compares ρ; `f_alpha` is the paper's α, in (0, 1).
+    """f'(e^ρ) − f'(1) of log-ratios ρ, which f-DPO compares where DPO compares ρ; `f_alpha` is the paper's α, in (0, 1)
+    there, of either sign in AlphaPO.
 
         reverse_kl  ρ                     forward_kl  1 − e^(−ρ)
         js          log 2 + log σ(ρ)      alpha       (1 − e^(−αρ))/α        → ρ as α → 0, forward_kl as α → 1

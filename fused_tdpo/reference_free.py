@@ -173,10 +173,14 @@ class SimPOLoss(ReferenceFreeLoss):
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class CPOLoss(ReferenceFreeLoss):
-    """CPO (arXiv 2401.08417, eq. 3): −log σ(β (ℓ_w − ℓ_l)) + α·NLL. Options are the fields below and those of `PairLoss`."""
+    """CPO (arXiv 2401.08417, eq. 3): −log σ(β (ℓ_w − ℓ_l)) + α·NLL.
 
-    alpha: float = 1.0
-    """Weight of the NLL, >= 0."""
+    The NLL is a mean over tokens, as in TRL's and the authors' code, where the equation sums over a response. Options are the
+    fields below and those of `PairLoss`.
+    """
+
+    cpo_alpha: float = 1.0
+    """α, the weight of the NLL, >= 0."""
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """A pair loss of `PAIR_LOSSES`, with log-probabilities for log-ratios; "ipo" takes means ℓ̄, and reports them."""
     label_smoothing: float = 0.0
@@ -184,7 +188,7 @@ class CPOLoss(ReferenceFreeLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("alpha", self.alpha, lambda alpha: alpha >= 0, ">= 0")
+        check_number("cpo_alpha", self.cpo_alpha, lambda alpha: alpha >= 0, ">= 0")
         check_choice("loss_type", self.loss_type, ("sigmoid", "hinge", "ipo"))
         check_number("label_smoothing", self.label_smoothing, lambda share: 0 <= share < 0.5, "in [0, 0.5)")
         if self.label_smoothing and self.loss_type != "sigmoid":
@@ -199,7 +203,7 @@ class CPOLoss(ReferenceFreeLoss):
 
     @property
     def nll_weight(self) -> float:
-        return self.alpha
+        return self.cpo_alpha
 
     def contrast(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return PAIR_LOSSES[self.loss_type](Pairs(chosen, rejected), PairOptions(self.beta, self.label_smoothing))
@@ -212,9 +216,9 @@ class CPOLoss(ReferenceFreeLoss):
 class ORPOLoss(ReferenceFreeLoss):
     """ORPO (arXiv 2403.07691, eq. 6 and 7): NLL − β log σ(log odds(y_w) − log odds(y_l)), of p = e^ℓ̄; see `log_odds`.
 
-    The NLL is of the labels that count. For TRL's, over prompt and response, let the m labels of the chosen one's prompt count,
-    too, and pass `token_weights` of 0 there, (m + n)/n on the n of its response, and 1 on the rejected one.
-    Options are the field below and those of `PairLoss`.
+    The NLL is a mean over all tokens of the chosen responses, as in the authors' code. For TRL's, over prompt and response, let
+    the m labels of the chosen one's prompt count, too, and pass `token_weights` of 0 there, (m + n)/n on the n of its response,
+    and 1 on the rejected one. Options are the field below and those of `PairLoss`.
     """
 
     beta: float = field(default=0.1, kw_only=False)

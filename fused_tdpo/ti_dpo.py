@@ -22,9 +22,9 @@ from fused_tdpo._layout import SequenceLayout
 from fused_tdpo.heads import LMHead, backbone, call, eval_mode, unwrap
 from fused_tdpo.linear_losses import LinearPreferenceLoss
 from fused_tdpo.losses import TDPOLoss
-from fused_tdpo.ops import linear_inputs, linear_token_stats
+from fused_tdpo.ops import as_head, linear_inputs, linear_stats, token_stats
 from fused_tdpo.pair_losses import split
-from fused_tdpo.types import PreferenceOutput, TokenStats
+from fused_tdpo.types import FORWARD_KL, PreferenceOutput, TokenStats
 
 # --- importance -------------------------------------------------------------------------------------------------------------
 
@@ -38,7 +38,7 @@ def token_importance(
     mix: float = 0.7,
     scheme: Literal["paper", "code"] = "paper",
     prior_width: float | None = None,
-    head: LMHead | None = None,
+    head: Tensor | LMHead | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
     """Weights of tokens from the gradient of each sequence's last prediction, as `token_weights` of the losses.
@@ -52,8 +52,9 @@ def token_importance(
     | `"paper"` | the response: the n tokens whose labels count | n/4 | w as it is: P is 1 in the middle |
     | `"code"` | all n attended tokens, the prompt's too | n/8, at least 1 | P/Σ P in place of P, n·w/Σ w of w: mean 1 |
 
-    `"code"` is what the authors' public training does. The paper's sums Σ w_t b_t run over the response, hence its span and
-    its T, our n; its eq. 5 and 6 leave the T-th token without a gradient, ours has one, of the prediction after it.
+    `"code"` is what the authors' public code does, with σ as its README trains (its function's own default is n/4). The paper's
+    sums Σ w_t b_t run over the response, hence its span and its T, our n; its eq. 5 and 6 leave the T-th token without a
+    gradient, ours has one, of the prediction after it.
 
     One forward and one backward of the backbone, in eval mode, so without dropout, and without checkpoints: all activations
     are kept. Sequences do not see each other; call it on some at a time if memory is short. S rows go through the head.
@@ -64,14 +65,18 @@ def token_importance(
         labels: (S, T) the model's ordinary, unshifted labels, `ignore_index` on prompt and padding.
         mix: λ in [0, 1]: the share of the gradient.
         prior_width: σ/n, > 0; None for the scheme's 1/4 or 1/8.
-        head: as `LMHead.from_model(model)` read it before; None to read it now, which checks it, and synchronises.
+        head: as `LMHead.from_model(model)` read it before, or a weight (V, D); None to read it now, which checks it, and
+            synchronises.
 
     Returns:
         (S, T) float32, or float64 of such a model, constant; 0 where a label does not count, as the first never does.
 
     Raises:
         ValueError: arguments that do not fit together, or a model whose embeddings are not found.
+        RuntimeError: under `torch.inference_mode()`.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("importance takes a gradient, which torch.inference_mode() rules out; use torch.no_grad() around it")
     check_choice("scheme", scheme, ("paper", "code"))
     check_number("mix", mix, lambda share: 0 <= share <= 1, "in [0, 1]")
     if prior_width is None:
@@ -88,9 +93,12 @@ def token_importance(
                 f"input_ids {describe(input_ids)}. Packed rows must be padded: a sequence has one last position."
             )
     attended = attention_mask.bool()
-    scores = _gradient_norms(model, LMHead.from_model(model) if head is None else head, input_ids, attention_mask, attended)
+    if not labels.numel():
+        return torch.zeros(labels.shape, device=labels.device)
+    head = LMHead.from_model(model) if head is None else as_head("head", head)
+    scores = _gradient_norms(model, head, input_ids, attention_mask, attended)
 
-    counted = labels != ignore_index
+    counted = (labels != ignore_index) & attended
     counted[:, :1] = False  # nothing predicts it
     span = counted if scheme == "paper" else attended
     n = span.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
@@ -169,7 +177,8 @@ class TIDPOLoss(TDPOLoss):
     gamma: float = 0.1
     """γ >= 0, the weight of the triplet loss."""
     margin: float = 0.01
-    """Of the triplet loss, >= 0, in squared nats. The paper, where it is α, gives no number; its code's README has this one."""
+    """Of the triplet loss, >= 0, in squared nats. The paper calls it α, as its weight of the KL, which is the one in its table;
+    this number is that of its code's README."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -218,6 +227,11 @@ class TIDPOLoss(TDPOLoss):
     ) -> None:
         if anchor is None or ref is None:
             return
+        if self.form().kind == "batch":
+            raise ValueError(
+                f"an anchor belongs to a pair, and the losses of loss_type={self.loss_type!r} to ranks of the whole batch; "
+                "leave out one of them"
+            )
         order = f"anchor must be ({what}, ref_{what}, labels) of one response for each pair"
         if not (isinstance(anchor, tuple) and len(anchor) == 3 and all(isinstance(part, Tensor) for part in anchor)):
             got = ", ".join(map(describe, anchor)) if isinstance(anchor, tuple) else describe(anchor)
@@ -269,8 +283,10 @@ class TIDPOLoss(TDPOLoss):
         )
 
     def _anchor_stats(self, anchor: Anchor, labels: Tensor) -> TokenStats:
-        """Of already shifted labels."""
-        return self._stats(anchor[0], anchor[1], labels)
+        """Log-probabilities at already shifted labels; of divergences, which come with them unused, the cheapest."""
+        options = self.op_options() | {"divergence": "forward_kl", "divergence_alpha": None}
+        in_place = self.inplace_backward
+        return token_stats(*anchor[:2], labels, vocab_size=self.vocab_size, inplace_backward=in_place, **options)
 
 
 def _by_token(stats: TokenStats, counted: Tensor, layout: SequenceLayout, length: int) -> tuple[Tensor, Tensor]:
@@ -332,7 +348,6 @@ class LinearTIDPOLoss(LinearPreferenceLoss, TIDPOLoss):
     def _anchor_stats(  # type: ignore[override]
         self, anchor: Anchor, labels: Tensor, policy_head: Tensor | LMHead, ref_head: Tensor | LMHead | None
     ) -> TokenStats:
-        options = self.op_options() | {"vocab_size": self.vocab_size, "max_chunk_bytes": self.max_chunk_bytes}
-        return linear_token_stats(
-            anchor[0], policy_head, anchor[1], ref_head, labels, logits_dtype=self.logits_dtype, **options
-        )
+        inputs = linear_inputs(anchor[0], policy_head, anchor[1], ref_head, labels, self.vocab_size)
+        options = self._linear_options(inputs, labels.device) | {"divergence": FORWARD_KL}
+        return linear_stats(*anchor[:2], labels, inputs, valid_rows=None, kl_gradient=False, **options)

@@ -5,7 +5,7 @@
 A sequence's loss compares its ρ with a constant that other sequences decide, and that the caller passes: the *reference point*.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -33,7 +33,12 @@ def kto_reference_point(log_ratios: Tensor) -> Tensor:
         kappa = kto_reference_point((stats.logp - stats.ref_logp).sum(-1))
 
     With several processes, gather the log-ratios of all first.
+
+    Raises:
+        ValueError: no log-ratio at all.
     """
+    if not log_ratios.numel():
+        raise ValueError("a mean of log-ratios needs at least one; got none. Keep the last κ, or leave the step out")
     return log_ratios.detach().mean().clamp(min=0)
 
 
@@ -141,7 +146,7 @@ class UnpairedLoss(SequenceLoss):
         totals = self._totals(stats, labels, layout, token_weights, kl_weights)
         sums = self._sequence_sums(totals, ref_logps)
         point = 0.0 if reference_point is None else reference_point
-        point = point.detach() if isinstance(point, Tensor) else point
+        point = point.detach().to(sums.log_ratio.dtype) if isinstance(point, Tensor) else point
         losses = self.sequence_losses(sums.log_ratio, desirable, point)
         if sequence_weights is not None:
             losses = losses * sequence_weights.detach().to(losses.dtype)
@@ -179,7 +184,9 @@ class KTOLoss(UnpairedLoss):
         loss = KTOLoss(beta=0.1)
         out = loss(policy_logits, ref_logits, labels, desirable, reference_point=kappa)     # (S, T, V) twice, (S, T), (S,)
 
-    κ >= 0, in nats: see `kto_reference_point`. Options are the fields below and those of `SequenceLoss`.
+    κ >= 0, in nats: see `kto_reference_point`. It is `out.metrics["kl"]`, TRL's name, an estimate of KL(policy ‖ reference);
+    `kl/chosen` and `kl/rejected` are the exact KL(reference ‖ policy), as everywhere here. Options are the fields below and
+    those of `SequenceLoss`.
     """
 
     desirable_weight: float = 1.0
@@ -210,23 +217,27 @@ class KTOLoss(UnpairedLoss):
             )
         if self.loss_type != "kto" and point is not None:
             raise ValueError(f"loss_type={self.loss_type!r} takes no reference_point; leave it out, or use loss_type='kto'")
-        if point is not None and not isinstance(point, Tensor):
-            check_number("reference_point", point, lambda kappa: kappa >= 0, ">= 0, or a 0-dim tensor")
+        if point is not None:
+            _check_point(point, lambda kappa: kappa >= 0, ">= 0, or a 0-dim tensor")
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class BCOLoss(UnpairedLoss):
     """BCO (arXiv 2404.04656): −log σ(r − δ) if desirable, else −log σ(−(r − δ)), of rewards r = β ρ.
 
-    δ is the mean of rewards so far, in their unit; nothing here waits for the GPU:
+    δ, in units of rewards, lies halfway between the mean rewards of both kinds so far. Nothing here waits for the GPU:
 
-        delta = 0.0
-        for step, batch in enumerate(batches, 1):
+        delta, totals = 0.0, torch.zeros(2, 2)  # of both kinds: rewards, numbers
+        for batch in batches:
             out = loss(policy_logits, ref_logits, labels, desirable, reference_point=delta)
-            delta = delta + (out.rewards.mean() - delta) / step
+            kinds = torch.stack([desirable, ~desirable]).to(totals)
+            totals += torch.stack([kinds @ out.rewards.to(totals), kinds.sum(1)])
+            delta = (totals[0] / totals[1].clamp(min=1)).mean()
 
-    Where prompts of both kinds differ, ratios of their densities, desirable to others, are `sequence_weights` of the others.
-    Options are those of `SequenceLoss`.
+    (TRL's δ is the mean of all rewards, `totals[0].sum() / totals[1].sum()`, which differs where the numbers do.) With several
+    processes, sum `totals` over them. The loss is a mean over all S, as TRL's; the paper adds up a mean for each kind, which is
+    S/S_kind as `sequence_weights`. Where prompts of both kinds differ, ratios of their densities, desirable to others, are
+    `sequence_weights` of the others. Options are those of `SequenceLoss`.
     """
 
     point_metric: ClassVar[str] = "delta"
@@ -241,8 +252,13 @@ class BCOLoss(UnpairedLoss):
                 "BCO needs reference_point, its δ: the mean of rewards so far, 0.0 at first, then updated from out.rewards "
                 "after each step as the docstring of BCOLoss shows"
             )
-        if not isinstance(point, Tensor):
-            check_number("reference_point", point, lambda _: True, "or a 0-dim tensor")
+        _check_point(point, lambda _: True, "or a 0-dim tensor")
+
+
+def _check_point(point: float | Tensor, fits: Callable[[float], bool], expected: str) -> None:
+    """Where looking is free: a tensor on a CPU, and nothing while dynamo traces, to which a number that changes is a symbol."""
+    if not (torch.compiler.is_compiling() or (isinstance(point, Tensor) and (point.device.type != "cpu" or point.dim()))):
+        check_number("reference_point", float(point.detach() if isinstance(point, Tensor) else point), fits, expected)
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

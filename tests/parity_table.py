@@ -122,7 +122,10 @@ PAPERS: dict[str, tuple[str, Callable[[Numbers], Tensor]]] = {
             x.beta * (powers(x.p_w / x.n_w, x.alpha) - powers(x.p_l / x.n_l, x.alpha)) - x.gamma, x.label_smoothing
         ),
     ),
-    "CPOLoss": ("2401.08417, eq. 3", lambda x: smoothed(x.beta * x.p_w - x.beta * x.p_l, x.label_smoothing) + x.alpha * nll(x)),
+    "CPOLoss": (
+        "2401.08417, eq. 3",
+        lambda x: smoothed(x.beta * x.p_w - x.beta * x.p_l, x.label_smoothing) + x.cpo_alpha * nll(x),
+    ),
     "ORPOLoss": (
         "2403.07691, eq. 6, 7",
         lambda x: nll(x) - x.beta * logσ((odds(x.p_w / x.n_w) / odds(x.p_l / x.n_l)).log()),
@@ -142,7 +145,8 @@ PAPERS: dict[str, tuple[str, Callable[[Numbers], Tensor]]] = {
         lambda x: torch.cat([-logσ(x.beta * x.r_w - x.reference_point), -logσ(-(x.beta * x.r_l - x.reference_point))]),
     ),
 }
-"""Loss type or class -> arXiv number with equation, and that as printed, but for lengths, which TRL divides by in "ipo"."""
+"""Loss type or class -> arXiv number with equation, and that as printed, but for lengths, which TRL divides by in "ipo", and
+the NLL of CPO and ORPO: all code takes the mean over a batch's tokens, where the papers sum or average response by response."""
 
 F_PRIME: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": lambda u, alpha: u.log() + 1,
@@ -288,7 +292,7 @@ def by_trl_cpo(row: "Row", batch: Batch) -> tuple[Tensor, Tensor]:
         "simpo_gamma": o.get("gamma"),
         "label_smoothing": o.get("label_smoothing", 0.0),
         "alpha": o.get("alpha", 0.0) if simpo else 0.0,
-        "cpo_alpha": o.get("cpo_alpha", 0.0) if simpo else o["alpha"],
+        "cpo_alpha": o.get("cpo_alpha", 0.0),
         "pad_token_id": 0,
     }
     return beside_trl(CPOTrainer, attributes, batch)[:2]
@@ -333,7 +337,7 @@ def by_liger(row: "Row", x: "Hidden") -> Callable[[Tensor, Tensor], Tensor]:
         kappa = torch.tensor(row.call["reference_point"]) if row.call else None
         more = {"ref_input": ref[0], "ref_weight": ref[1], "kl": kappa}
         return lambda h, w: kto(h[:, :-1], w, target, preference_labels=desirable(target), **more)[0]
-    if row.liger == "SimPO":
+    if row.liger in ("SimPO", "CPO"):
         o["alpha"] = o.pop("cpo_alpha", 0.0)
         o["compute_nll_loss"] = o["alpha"] > 0
     loss = getattr(liger, f"LigerFusedLinear{row.liger}Loss")(compiled=False, **o)
@@ -445,8 +449,10 @@ def rows() -> Iterator[Row]:
         ({"alpha": 0.25}, "", "AlphaPO", "AlphaPO"),
     ):
         yield Row(simpo | more, "SimPOLoss", "CPO", liger, PAPERS[paper][0], note, paper=paper)
-    yield Row({"alpha": 1.0}, "CPOLoss", "CPO", "CPO", PAPERS["CPOLoss"][0])
-    yield Row({}, "ORPOLoss", "ORPO", "ORPO", PAPERS["ORPOLoss"][0], "TRL takes the odds in float32")
+    yield Row(
+        {"cpo_alpha": 1.0}, "CPOLoss", "CPO", "CPO", PAPERS["CPOLoss"][0], "NLL a mean over tokens, as TRL; the paper sums"
+    )
+    yield Row({}, "ORPOLoss", "ORPO", "ORPO", PAPERS["ORPOLoss"][0], "TRL takes the odds in float32; NLL a mean over tokens")
     kappa = {"reference_point": 0.3}
     yield Row({}, "KTOLoss", "KTO", "KTO", PAPERS["KTOLoss"][0], call=kappa)
     apo = {"loss_type": "apo_zero_unpaired"}

@@ -46,12 +46,12 @@ LOSSES: dict[str, Case] = {  # the loss, its options, the form that it declares
     "cpo-simpo": (SimPOLoss, {"cpo_alpha": 0.6}, Form("pair")),
     "cpo-alphapo": (SimPOLoss, {"cpo_alpha": 0.6, "alpha": 0.4}, Form("pair")),
     "cpo": (CPOLoss, {}, Form("pair")),
-    "cpo-smoothed": (CPOLoss, {"beta": 0.3, "alpha": 0.4, "label_smoothing": 0.1}, Form("pair")),
+    "cpo-smoothed": (CPOLoss, {"beta": 0.3, "cpo_alpha": 0.4, "label_smoothing": 0.1}, Form("pair")),
     "cpo-hinge": (CPOLoss, {"loss_type": "hinge", "beta": 0.05}, Form("pair")),
-    "cpo-ipo": (CPOLoss, {"loss_type": "ipo", "alpha": 2.0}, Form("pair")),
-    "cpo-without-nll": (CPOLoss, {"alpha": 0.0}, Form("margin")),
-    "cpo-hinge-without-nll": (CPOLoss, {"loss_type": "hinge", "alpha": 0.0, "beta": 0.05}, Form("margin")),
-    "cpo-ipo-without-nll": (CPOLoss, {"loss_type": "ipo", "alpha": 0.0}, Form("margin", by_length=True)),
+    "cpo-ipo": (CPOLoss, {"loss_type": "ipo", "cpo_alpha": 2.0}, Form("pair")),
+    "cpo-without-nll": (CPOLoss, {"cpo_alpha": 0.0}, Form("margin")),
+    "cpo-hinge-without-nll": (CPOLoss, {"loss_type": "hinge", "cpo_alpha": 0.0, "beta": 0.05}, Form("margin")),
+    "cpo-ipo-without-nll": (CPOLoss, {"loss_type": "ipo", "cpo_alpha": 0.0}, Form("margin", by_length=True)),
     "orpo": (ORPOLoss, {}, Form("pair")),
     "orpo-strong": (ORPOLoss, {"beta": 1.3, "reduction": "sum"}, Form("pair")),
 }
@@ -120,7 +120,7 @@ def literal(make: type, options: dict[str, Any], r: Responses) -> Literal:
         "hinge": lambda: (1 - z).clamp(min=0),
         "ipo": lambda: (z / beta - 1 / (2 * beta)) ** 2,
     }[options.get("loss_type", "sigmoid")]()
-    weight = options.get("cpo_alpha", 0.0) if make is SimPOLoss else options.get("alpha", 1.0)
+    weight = options.get("cpo_alpha", 0.0 if make is SimPOLoss else 1.0)
     return Literal(losses + weight * share, beta * score, r.logp / n if averages else r.logp, nll)
 
 
@@ -131,10 +131,10 @@ BY_HAND: list[Any] = [
     (SimPOLoss(1.0, gamma=0.0, alpha=1.0), math.log1p(math.exp(-2))),
     (SimPOLoss(1.0, gamma=0.0, alpha=-1.0), math.log1p(math.exp(-1 / 4))),
     (SimPOLoss(1.0, gamma=0.0, cpo_alpha=0.5), math.log(3 / 2) + math.log(2) / 2),
-    (CPOLoss(1.0, alpha=0.0), math.log(2)),  # both sums are −log 4
+    (CPOLoss(1.0, cpo_alpha=0.0), math.log(2)),  # both sums are −log 4
     (CPOLoss(1.0), 2 * math.log(2)),
     (CPOLoss(1.0, loss_type="hinge"), 1 + math.log(2)),
-    (CPOLoss(1.0, loss_type="ipo", alpha=0.0), (math.log(2) - 1 / 2) ** 2),
+    (CPOLoss(1.0, loss_type="ipo", cpo_alpha=0.0), (math.log(2) - 1 / 2) ** 2),
     (ORPOLoss(0.5), math.log(2) + math.log(4 / 3) / 2),
 ]
 
@@ -441,10 +441,10 @@ def assert_as_trl(
 
 TRL_CPO: list[Any] = [
     ("sigmoid", {}, CPOLoss()),
-    ("sigmoid", {"beta": 0.4, "cpo_alpha": 0.3, "label_smoothing": 0.2}, CPOLoss(0.4, alpha=0.3, label_smoothing=0.2)),
+    ("sigmoid", {"beta": 0.4, "cpo_alpha": 0.3, "label_smoothing": 0.2}, CPOLoss(0.4, cpo_alpha=0.3, label_smoothing=0.2)),
     ("hinge", {"beta": 0.05}, CPOLoss(0.05, loss_type="hinge")),
-    ("ipo", {"cpo_alpha": 0.5}, CPOLoss(loss_type="ipo", alpha=0.5)),
-    ("ipo", {"cpo_alpha": 0.0}, CPOLoss(loss_type="ipo", alpha=0.0)),
+    ("ipo", {"cpo_alpha": 0.5}, CPOLoss(loss_type="ipo", cpo_alpha=0.5)),
+    ("ipo", {"cpo_alpha": 0.0}, CPOLoss(loss_type="ipo", cpo_alpha=0.0)),
     ("simpo", {"beta": 2.0, "cpo_alpha": 0.0}, SimPOLoss()),
     ("simpo", {"beta": 1.4, "simpo_gamma": 1.1}, SimPOLoss(1.4, gamma=1.1, cpo_alpha=1.0)),
     ("simpo", {"beta": 2.0, "cpo_alpha": 0.0, "label_smoothing": 0.1}, SimPOLoss(label_smoothing=0.1)),
@@ -480,7 +480,7 @@ def test_trl_orpo_whose_nll_has_the_prompt(trl: SimpleNamespace, beta: float) ->
 LIGER: list[Any] = [
     ("SimPO", {"beta": 2.0, "gamma": 0.7, "compute_nll_loss": False}, LinearSimPOLoss(gamma=0.7)),
     ("SimPO", {"beta": 2.0, "alpha": 0.6, "label_smoothing": 0.1}, LinearSimPOLoss(cpo_alpha=0.6, label_smoothing=0.1)),
-    ("CPO", {"beta": 0.1, "alpha": 0.7}, LinearCPOLoss(alpha=0.7)),
+    ("CPO", {"beta": 0.1, "alpha": 0.7}, LinearCPOLoss(cpo_alpha=0.7)),
     ("CPO", {"beta": 0.1, "label_smoothing": 0.2}, LinearCPOLoss(label_smoothing=0.2)),
     ("ORPO", {"beta": 0.6}, LinearORPOLoss(0.6)),
 ]
@@ -596,7 +596,7 @@ REFUSED: list[Any] = [
     (SimPOLoss, {"label_smoothing": 0.5}, "label_smoothing"),
     (SimPOLoss, {"alpha": math.inf}, "alpha"),
     (SimPOLoss, {"cpo_alpha": -1.0}, "cpo_alpha"),
-    (CPOLoss, {"alpha": -1.0}, "alpha"),
+    (CPOLoss, {"cpo_alpha": -1.0}, "cpo_alpha"),
     (CPOLoss, {"loss_type": "simpo"}, r"(?s)loss_type.*sigmoid, hinge, ipo.*simpo"),
     (CPOLoss, {"label_smoothing": -0.1}, "label_smoothing"),
     (CPOLoss, {"label_smoothing": 0.1, "loss_type": "hinge"}, r"(?s)hinge.*label_smoothing.*sigmoid"),

@@ -17,6 +17,7 @@ from torch import Tensor
 import fused_tdpo.ti_dpo
 from fused_tdpo import LinearTDPOLoss, LMHead, PreferenceOutput, TDPOLoss
 from fused_tdpo.ti_dpo import LinearTIDPOLoss, TIDPOLoss, token_importance
+from fused_tdpo.types import FORWARD_KL
 from tiny_models import ARCHITECTURES, lora, tiny_model
 from tolerances import assert_exactly_zero, assert_same_bits, assert_within_budget
 
@@ -382,13 +383,30 @@ def test_engines() -> None:
         run_linear(loss, batch, heads)
 
 
+def test_ranks_have_no_anchors() -> None:
+    batch = make_batch()
+    assert run(TIDPOLoss(loss_type="aot"), batch._replace(anchor=None)).loss.isfinite()
+    with pytest.raises(ValueError, match=r"(?s)anchor belongs to a pair.*'aot'"):
+        run(TIDPOLoss(loss_type="aot"), batch)
+
+
+@pytest.mark.parametrize(("make", "other"), [(TIDPOLoss, "DPOLoss"), (LinearTIDPOLoss, "LinearDPOLoss")])
+def test_a_precomputed_reference_is_refused(make: type, other: str) -> None:
+    batch, head = make_batch(D if make is LinearTIDPOLoss else V), torch.zeros(V, D, dtype=torch.float64)
+    inputs = (batch.policy, head, None, None) if make is LinearTIDPOLoss else (batch.policy, None)
+    with pytest.raises(ValueError, match=rf" use {other} with ref_logps"):
+        make()(*inputs, batch.labels, ref_logps=torch.zeros(6))
+
+
 def test_options_reach_the_anchor(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, heads, calls = make_batch(D), make_heads(), []
-    op = fused_tdpo.ti_dpo.linear_token_stats
-    monkeypatch.setattr(fused_tdpo.ti_dpo, "linear_token_stats", lambda *a, **o: calls.append(o) or op(*a, **o))
-    options = {"temperature": 1.3, "vocab_size": V, "logits_dtype": torch.float32, "max_chunk_bytes": 999, "backend": "torch"}
-    run_linear(LinearTIDPOLoss(**options), batch, heads)
-    assert [{name: call[name] for name in options} for call in calls] == [options]
+    op = fused_tdpo.ti_dpo.linear_stats
+    monkeypatch.setattr(fused_tdpo.ti_dpo, "linear_stats", lambda *a, **o: calls.append((a[3].V, o)) or op(*a, **o))
+    options = {"temperature": 1.3, "logits_dtype": torch.float32, "max_chunk_bytes": 999, "backend": "torch"}
+    run_linear(LinearTIDPOLoss(**options, vocab_size=V, divergence="js"), batch, heads)
+    ((width, call),) = calls
+    assert width == V and {name: call[name] for name in options} == options
+    assert call["divergence"] == FORWARD_KL and not call["kl_gradient"] and "extras" not in call, "of which nothing is used"
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------------
@@ -586,6 +604,30 @@ def test_only_last_positions_go_through_the_head(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(model.lm_head, "forward", lambda *_: pytest.fail("the model's own head was called"))
     token_importance(model, *inputs, head=head)
     assert [shape[:-1] for shape in shapes] == [(len(SEQUENCES), 1)]
+
+
+def test_a_head_may_be_a_weight() -> None:
+    model, inputs = tiny(), padded(left=False)
+    weights = token_importance(model, *inputs, head=model.lm_head.weight)
+    assert_same_bits("weights", weights, token_importance(model, *inputs))
+
+
+def test_labels_of_padding_do_not_count() -> None:
+    model, inputs = tiny(), padded(left=False)
+    careless = inputs.labels.where(inputs.attention_mask.bool(), 3)
+    assert (careless != inputs.labels).any()
+    assert_same_bits("weights", token_importance(model, *inputs[:2], careless), token_importance(model, *inputs))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_no_tokens_have_no_weights(shape: tuple[int, int]) -> None:
+    ids = torch.zeros(shape, dtype=torch.int64)
+    assert token_importance(tiny(), ids, ids, ids).shape == shape
+
+
+def test_inference_mode_is_refused() -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*no_grad"):
+        token_importance(tiny(), *padded(left=False))
 
 
 def test_half_precision() -> None:

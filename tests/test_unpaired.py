@@ -4,8 +4,11 @@ The oracle writes the formulas as printed, sequence by sequence, in float64 on s
 Letters: S sequences, T positions, D hidden size, V vocabulary; κ the reference point of KTO, δ that of BCO.
 """
 
+import inspect
 import math
+import re
 from collections import defaultdict
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -209,6 +212,9 @@ def test_compiles_without_a_graph_break(make: type) -> None:
     expected, expected_grad = value_and_grad(lambda x: loss(x, *batch[1:3], DESIRABLE, **call), batch.policy)
     near("loss", out.loss, expected.loss)
     near("gradient", grad, expected_grad)
+    for number in (0.2, 0.3, 0.4):  # which makes it a symbol
+        call = {"reference_point": number}
+        near("loss", compiled(*batch[:3], DESIRABLE, **call).loss, loss(*batch[:3], DESIRABLE, **call).loss)
 
 
 # --- reference points -------------------------------------------------------------------------------------------------------
@@ -232,17 +238,26 @@ def test_kto_reference_point() -> None:
             near("κ", kappa, torch.tensor(right, dtype=fp64))
 
 
-def test_bco_running_mean() -> None:
-    """The loop of BCOLoss's docstring: δ is the mean over the steps so far of the mean reward."""
-    loss, delta, means = BCOLoss(0.5), 0.0, []
-    for step, seed in enumerate((21, 22, 23), 1):
-        batch = make_batch(ODD, seed=seed)
-        out = loss(batch.policy.requires_grad_(), *batch[1:3], DESIRABLE, reference_point=delta)
-        near("losses", out.losses, literal(BCOLoss, {"beta": 0.5}, float(delta), expected_sums(*batch[:3]).ratio, DESIRABLE))
-        delta = delta + (out.rewards.mean() - delta) / step
-        means.append(0.5 * expected_sums(*batch[:3]).ratio.mean())
-        near("δ", delta, torch.stack(means).mean())
-        assert not delta.requires_grad
+def test_no_log_ratio_has_no_mean() -> None:
+    with pytest.raises(ValueError, match=r"(?s)at least one.*last κ"):
+        kto_reference_point(torch.empty(0))
+
+
+def test_bco_reference_point() -> None:
+    """The loop of BCOLoss's docstring: δ is halfway between the mean rewards of both kinds in all steps so far."""
+    (loop,) = re.findall(r"^        for batch in batches:\n((?: {12}.*\n)+)", BCOLoss.__doc__, re.MULTILINE)
+    names: dict[str, Any] = {"torch": torch, "loss": BCOLoss(0.5), "delta": 0.0, "totals": torch.zeros(2, 2, dtype=fp64)}
+    good, bad = [], []
+    for seed, desirable in ((21, DESIRABLE), (22, ~DESIRABLE), (23, torch.ones_like(DESIRABLE))):
+        batch, delta = make_batch(ODD, seed=seed), float(names["delta"])
+        names |= {"policy_logits": batch.policy.requires_grad_(), "ref_logits": batch.ref, "labels": batch.labels}
+        exec(inspect.cleandoc(loop), names | {"desirable": desirable}, names)
+        ratio = expected_sums(*batch[:3]).ratio.detach()
+        near("losses", names["out"].losses, literal(BCOLoss, {"beta": 0.5}, delta, ratio, desirable))
+        good += [0.5 * float(r) for r, is_good in zip(ratio, desirable, strict=True) if is_good]
+        bad += [0.5 * float(r) for r, is_good in zip(ratio, desirable, strict=True) if not is_good]
+        near("δ", names["delta"], torch.tensor((fmean(good) + fmean(bad)) / 2, dtype=fp64))
+        assert not names["delta"].requires_grad
 
 
 # --- hidden states ----------------------------------------------------------------------------------------------------------
@@ -471,6 +486,7 @@ BAD_CALLS: list[Any] = [
     (KTOLoss(), {"reference_point": None}, r"(?s)reference_point.*kto_reference_point.*mismatched.*apo_zero_unpaired"),
     (KTOLoss(), {"reference_point": -0.1}, r"(?s)reference_point.*>= 0.*-0.1"),
     (KTOLoss(), {"reference_point": math.nan}, "reference_point"),
+    (KTOLoss(), {"reference_point": torch.tensor(-0.1)}, r"(?s)reference_point.*>= 0.*-0.1"),
     (KTOLoss(), {"reference_point": torch.zeros(7)}, r"(?s)reference_point.*\(\).*\(7,\)"),
     (KTOLoss(loss_type="apo_zero_unpaired"), {}, r"(?s)apo_zero_unpaired.*reference_point"),
     (BCOLoss(), {"reference_point": None}, r"(?s)reference_point.*out\.rewards"),
