@@ -6,7 +6,7 @@
 A unit is a product of N rows × V × D. `fused_tdpo.functions.one_pass` tells how; here a loss is taken apart for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, log2
 from typing import Any, Literal
@@ -52,7 +52,7 @@ def choose_engine(engine: str, backend: str, obstacle: str | None = None) -> Eng
         return Engine("recompute", obstacle)
     if engine == "recompute":
         return Engine("recompute", "asked for: the general op, whose logits are made again in backward if the head is trained")
-    asked = "asked for" if engine == "one_pass" else "a pair's loss depends on sums over its own two sequences alone"
+    asked = "asked for" if engine == "one_pass" else "each loss depends on sums over its own sequences alone"
     return Engine("one_pass", f"{asked}: each logit is made once, in forward")
 
 
@@ -74,7 +74,7 @@ class LinearSequenceLoss(SequenceLoss):
 
     def obstacle(self, weighted: bool) -> str | None:
         """Why this loss cannot go in one pass, if so. `weighted`: a call with `token_weights`."""
-        raise NotImplementedError
+        return None
 
     def _linear_options(self, inputs: LinearInputs, device: torch.device) -> dict[str, Any]:
         """What `linear_stats` takes from the loss."""
@@ -121,6 +121,7 @@ class LinearSequenceLoss(SequenceLoss):
             one_pass = torch.compiler.disable(self._one_pass) if torch.compiler.is_compiling() else self._one_pass
             out = one_pass(
                 policy_hidden, ref_hidden, labels, inputs, layout, counts, weights, lengths, ref_logps, count, options,
+                **call,
             )  # fmt: skip
         else:
             stats = linear_stats(
@@ -131,24 +132,6 @@ class LinearSequenceLoss(SequenceLoss):
         if wrong is not None:
             out = out._replace(loss=out.loss * torch.where(wrong, float("nan"), 1.0).to(out.loss.dtype))
         return out._replace(engine=engine)
-
-    def _one_pass(self, *job: Any) -> PreferenceOutput:
-        """What `choose_engine` calls so."""
-        raise NotImplementedError
-
-
-@dataclass(kw_only=True, repr=False, eq=False)
-class LinearPairLoss(LinearSequenceLoss, PairLoss):
-    """What one pass adds: losses of pairs, taken apart for it."""
-
-    def obstacle(self, weighted: bool) -> str | None:
-        if self.form().kind == "batch":
-            return "it sorts the whole batch, so that the slope of a pair takes all pairs' sums"
-        if self.has_nll and weighted:
-            return "the NLL takes no weights of tokens: beside a log-ratio that does, a row has two directions"
-        if self.has_nll and self.kl_slopes()[0]:
-            return "the NLL takes no KL: beside a chosen one with a gradient, a row has two directions"
-        return None
 
     def _one_pass(
         self,
@@ -161,36 +144,19 @@ class LinearPairLoss(LinearSequenceLoss, PairLoss):
         weights: tuple[Tensor | None, Tensor | None],
         lengths: list[int] | None,
         ref_logps: Tensor | None,
-        num_pairs: float | Tensor | None,
+        count: float | Tensor | None,
         options: dict[str, Any],
-    ) -> PreferenceOutput:
+        **call: Any,
+    ) -> Any:
         """Takes the loss apart for the engine, and puts its sums together. `labels` are shifted, `counts` those that count in
         each sequence, `lengths` the same on the host; everything else as it came."""
-        policy, ref = inputs.policy, inputs.ref
-        check_labels = options.pop("check_labels")
-        static = linear_options(policy_hidden, inputs, both=False, **options)
         known = host_counts(counts.long()) if lengths is None else lengths
         if min(known, default=0) < 0:  # of NaN, by which the layout marks them
             raise ValueError(f"cu_seqlens must rise from 0 to the number of rows, {labels.numel()}")
-        P = len(known) // 2
-        chosen, rejected = (range(0, 2 * P, 2), range(1, 2 * P, 2)) if self.interleaved else (range(P), range(P, 2 * P))
-        sequences = list(zip(chosen, rejected, strict=True))
-        ratios = [1.0] * P
-        form = self.form()
-        if form.by_length or self.averages:
-            ratios = [max(known[w], 1) / max(known[other], 1) for w, other in sequences]
-
-        def by_pair(values: Tensor) -> Tensor:  # (S,) -> (2, P)
-            return values.view(-1, 2).t() if self.interleaved else values.view(2, -1)
-
-        num_tokens, pair_ref_logps = by_pair(counts), None if ref_logps is None else by_pair(ref_logps)
-        mean_tokens = self._mean_tokens(counts)
-
-        def losses(sums: Sums, pairs: Tensor) -> Tensor:
-            totals = self._found(sums, num_tokens[:, pairs])
-            both = self._sequence_sums(totals, None if pair_ref_logps is None else pair_ref_logps[:, pairs])
-            return self.pair_losses(both.map(lambda values: values[0]), both.map(lambda values: values[1]), mean_tokens)
-
+        sequences, objective = self._objective(known, counts, ref_logps, inputs.dtype, **call)
+        check_labels = options.pop("check_labels")
+        static = linear_options(policy_hidden, inputs, both=False, **options)
+        policy, ref = inputs.policy, inputs.ref
         job = Job(
             ref=(None, None, None)
             if ref is None or ref_hidden is None
@@ -198,8 +164,8 @@ class LinearPairLoss(LinearSequenceLoss, PairLoss):
             labels=labels.flatten(),
             sequence_ids=layout.sequence_ids(labels).flatten(),
             sequences=sequences,
-            lengths=known,
-            objective=Objective(losses, form.kind, self.kl_slopes(), ratios, self._gain(known, inputs.dtype)),  # type: ignore[arg-type]
+            lengths=[*known, *([0] * (2 * len(sequences) - len(known)))],
+            objective=objective,
             extras=self.statistics,
             options=static,
             check_labels=looks_at_labels(check_labels, labels, static.backend),
@@ -207,28 +173,103 @@ class LinearPairLoss(LinearSequenceLoss, PairLoss):
         )
         w, v = (None if t is None else t.flatten() for t in self._row_weights(*weights, labels, counts, layout))
         hidden = policy_hidden.reshape(-1, policy_hidden.shape[-1])
-        loss, pair_losses, log_ratio, kl, logp, *more = OnePassFunction.apply(hidden, policy.weight, policy.bias, w, v, job)
-        found = Sums(log_ratio, kl, logp, dict(zip(self.statistics, more, strict=True)))
-        sums = self._sequence_sums(self._found(found, counts), ref_logps)
-        return self._output(sums, pair_losses, num_pairs, found.extras, counts, loss)
+        loss, losses, log_ratio, kl, logp, *more = OnePassFunction.apply(hidden, policy.weight, policy.bias, w, v, job)
+        S = len(known)
+        extras = {name: total[:S] for name, total in zip(self.statistics, more, strict=True)}
+        found = Sums(log_ratio[:S], None if kl is None else kl[:S], logp[:S], extras)
+        totals = self._sequence_sums(self._found(found, counts), ref_logps)
+        return self._from_sweep(totals, losses, loss, count, extras, counts, **call)
+
+    def _objective(
+        self, lengths: list[int], num_tokens: Tensor, ref_logps: Tensor | None, dtype: torch.dtype, **call: Any
+    ) -> tuple[list[tuple[int, int]], Objective]:
+        """The sequences of each pair, and what the engine must know. A sequence without a partner goes with the number S."""
+        raise NotImplementedError
+
+    def _from_sweep(
+        self,
+        sums: SequenceSums,
+        losses: Tensor,
+        loss: Tensor,
+        count: float | Tensor | None,
+        extras: dict[str, Tensor],
+        num_tokens: Tensor,
+        **call: Any,
+    ) -> Any:
+        """The output, from sums (S,), the pairs' losses, and their sum, which carries the gradient."""
+        raise NotImplementedError
 
     def _found(self, sums: Sums, num_tokens: Tensor) -> SequenceSums:
         """The engine's sums, as a loss knows them."""
         return SequenceSums(sums.log_ratio, sums.kl, sums.logp, num_tokens, sums.extras.get("log_sum_sq_probs"))
 
-    def _gain(self, lengths: list[int], dtype: torch.dtype) -> float:
-        """For float16, the power of two that brings the largest slope of pairs of these lengths, where policy and reference are
-        equal, into (1/2, 1]; 1 for what has exponents enough."""
-        if dtype != torch.float16 or not lengths:
-            return 1.0
-        with own_autograd():
-            zero = torch.zeros(len(lengths), dtype=torch.float64, requires_grad=True)
-            num_tokens, no = torch.tensor(lengths).double(), zero.detach()
-            sums = self._sequence_sums(SequenceSums(zero, no, zero, num_tokens, no), None)
-            losses = self.pair_losses(*sums.split(self.interleaved), self._mean_tokens(num_tokens))
-            (slopes,) = torch.autograd.grad(losses.sum(), zero)
-        largest = float(slopes.abs().max())
-        return 2.0 ** -ceil(log2(largest)) if largest > 0 else 1.0
+
+def gain(losses: Callable[[Tensor], Tensor], sequences: int, dtype: torch.dtype) -> float:
+    """For float16, the power of two that brings the largest slope of losses by log-ratios (S,), all 0 as where policy and
+    reference are equal, into (1/2, 1]; 1 for what has exponents enough."""
+    if dtype != torch.float16 or not sequences:
+        return 1.0
+    with own_autograd():
+        zero = torch.zeros(sequences, dtype=torch.float64, requires_grad=True)
+        (slopes,) = torch.autograd.grad(losses(zero).sum(), zero)
+    largest = float(slopes.abs().max())
+    return 2.0 ** -ceil(log2(largest)) if largest > 0 else 1.0
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class LinearPairLoss(LinearSequenceLoss, PairLoss):
+    """Losses of pairs, taken apart for one pass."""
+
+    def obstacle(self, weighted: bool) -> str | None:
+        if self.form().kind == "batch":
+            return "it sorts the whole batch, so that the slope of a pair takes all pairs' sums"
+        if self.has_nll and weighted:
+            return "the NLL takes no weights of tokens: beside a log-ratio that does, a row has two directions"
+        if self.has_nll and self.kl_slopes()[0]:
+            return "the NLL takes no KL: beside a chosen one with a gradient, a row has two directions"
+        return None
+
+    def _objective(
+        self, lengths: list[int], num_tokens: Tensor, ref_logps: Tensor | None, dtype: torch.dtype, **call: Any
+    ) -> tuple[list[tuple[int, int]], Objective]:
+        P = len(lengths) // 2
+        chosen, rejected = (range(0, 2 * P, 2), range(1, 2 * P, 2)) if self.interleaved else (range(P), range(P, 2 * P))
+        sequences = list(zip(chosen, rejected, strict=True))
+        ratios = [1.0] * P
+        form = self.form()
+        if form.by_length or self.averages:
+            ratios = [max(lengths[w], 1) / max(lengths[other], 1) for w, other in sequences]
+
+        def by_pair(values: Tensor) -> Tensor:  # (S,) -> (2, P)
+            return values.view(-1, 2).t() if self.interleaved else values.view(2, -1)
+
+        pair_tokens, pair_ref_logps = by_pair(num_tokens), None if ref_logps is None else by_pair(ref_logps)
+        mean_tokens = self._mean_tokens(num_tokens)
+
+        def losses(sums: Sums, pairs: Tensor) -> Tensor:
+            totals = self._found(sums, pair_tokens[:, pairs])
+            both = self._sequence_sums(totals, None if pair_ref_logps is None else pair_ref_logps[:, pairs])
+            return self.pair_losses(both.map(lambda values: values[0]), both.map(lambda values: values[1]), mean_tokens)
+
+        def of_log_ratios(zero: Tensor) -> Tensor:
+            host, no = torch.tensor(lengths).double(), zero.detach()
+            sums = self._sequence_sums(SequenceSums(zero, no, zero, host, no), None)
+            return self.pair_losses(*sums.split(self.interleaved), self._mean_tokens(host))
+
+        scale = gain(of_log_ratios, len(lengths), dtype)
+        return sequences, Objective(losses, form.kind, self.kl_slopes(), ratios, scale)  # type: ignore[arg-type]
+
+    def _from_sweep(
+        self,
+        sums: SequenceSums,
+        losses: Tensor,
+        loss: Tensor,
+        count: float | Tensor | None,
+        extras: dict[str, Tensor],
+        num_tokens: Tensor,
+        **call: Any,
+    ) -> PreferenceOutput:
+        return self._output(sums, losses, count, extras, num_tokens, loss)
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

@@ -7,7 +7,7 @@ A sequence's loss compares its ρ with a constant that other sequences decide, a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from fused_tdpo._checks import check_choice, check_like, check_number, describe
 from fused_tdpo._layout import SequenceLayout
+from fused_tdpo.functions.one_pass import Objective, Sums
 from fused_tdpo.heads import LMHead
-from fused_tdpo.linear_losses import LinearSequenceLoss
+from fused_tdpo.linear_losses import LinearSequenceLoss, gain
 from fused_tdpo.losses import SequenceLoss
 from fused_tdpo.ops import linear_inputs
-from fused_tdpo.pair_losses import token_metrics
+from fused_tdpo.pair_losses import SequenceSums, token_metrics
 from fused_tdpo.types import TokenStats, UnpairedOutput
 
 
@@ -129,7 +130,7 @@ class UnpairedLoss(SequenceLoss):
         """Whether there must be one, and which numbers it may be."""
         raise NotImplementedError
 
-    def _from_stats(  # type: ignore[override]
+    def _from_stats(
         self,
         stats: TokenStats,
         labels: Tensor,
@@ -138,18 +139,33 @@ class UnpairedLoss(SequenceLoss):
         kl_weights: Tensor | None = None,
         ref_logps: Tensor | None = None,
         count: float | Tensor | None = None,
+        **call: Any,
+    ) -> UnpairedOutput:
+        totals = self._totals(stats, labels, layout, token_weights, kl_weights)
+        extras = {name: layout.sum(getattr(stats, name)) for name in self.extras}
+        return self._output(self._sequence_sums(totals, ref_logps), count, extras, totals.num_tokens, **call)
+
+    def _losses(
+        self, log_ratio: Tensor, desirable: Tensor, reference_point: float | Tensor | None, sequence_weights: Tensor | None
+    ) -> Tensor:
+        """`sequence_losses`, of what the caller gave."""
+        losses = self.sequence_losses(log_ratio, desirable, _constant(reference_point))
+        return losses if sequence_weights is None else losses * sequence_weights.detach().to(losses.dtype)
+
+    def _output(
+        self,
+        sums: SequenceSums,
+        count: float | Tensor | None,
+        extras: dict[str, Tensor],
+        num_tokens: Tensor,
         *,
         desirable: Tensor,
         reference_point: float | Tensor | None,
         sequence_weights: Tensor | None,
+        loss: Tensor | None = None,
     ) -> UnpairedOutput:
-        totals = self._totals(stats, labels, layout, token_weights, kl_weights)
-        sums = self._sequence_sums(totals, ref_logps)
-        point = 0.0 if reference_point is None else reference_point
-        point = point.detach().to(sums.log_ratio.dtype) if isinstance(point, Tensor) else point
-        losses = self.sequence_losses(sums.log_ratio, desirable, point)
-        if sequence_weights is not None:
-            losses = losses * sequence_weights.detach().to(losses.dtype)
+        """From sums, what `token_metrics` takes and, where sums carry no gradient, the sum `loss` of the losses."""
+        losses = self._losses(sums.log_ratio, desirable, reference_point, sequence_weights)
 
         def sides(values: Tensor) -> tuple[Tensor, Tensor]:
             return values.where(desirable, 0.0), values.where(~desirable, 0.0)
@@ -165,15 +181,14 @@ class UnpairedLoss(SequenceLoss):
         }
         margin = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         metrics["rewards/margins"] = margin.where((counts[0] > 0) & (counts[1] > 0), 0.0)
-        metrics[self.point_metric] = torch.zeros_like(margin) + point
-        extras = {name: layout.sum(getattr(stats, name)) for name in self.extras}
+        metrics[self.point_metric] = torch.zeros_like(margin) + _constant(reference_point)
         return UnpairedOutput(
-            loss=self._mean(losses, count),
+            loss=self._mean(losses, count, loss),
             losses=losses.detach(),
             rewards=rewards,
             logps=logps,
             kl=kl,
-            metrics=metrics | token_metrics(extras, totals.num_tokens, sides),
+            metrics=metrics | token_metrics(extras, num_tokens, sides),
         )
 
 
@@ -255,6 +270,11 @@ class BCOLoss(UnpairedLoss):
         _check_point(point, lambda _: True, "or a 0-dim tensor")
 
 
+def _constant(point: float | Tensor | None) -> float | Tensor:
+    """A reference point without a gradient; 0 for none."""
+    return 0.0 if point is None else point.detach() if isinstance(point, Tensor) else point
+
+
 def _check_point(point: float | Tensor, fits: Callable[[float], bool], expected: str) -> None:
     """Where looking is free: a tensor on a CPU, and nothing while dynamo traces, to which a number that changes is a symbol."""
     if not (torch.compiler.is_compiling() or (isinstance(point, Tensor) and (point.device.type != "cpu" or point.dim()))):
@@ -263,10 +283,40 @@ def _check_point(point: float | Tensor, fits: Callable[[float], bool], expected:
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class LinearUnpairedLoss(LinearSequenceLoss, UnpairedLoss):
-    """What LinearKTOLoss and LinearBCOLoss add to KTOLoss and BCOLoss."""
+    """What LinearKTOLoss and LinearBCOLoss add to KTOLoss and BCOLoss. The engine goes by pairs, here of any two neighbours."""
 
-    def obstacle(self, weighted: bool) -> str | None:
-        return "one pass goes by pairs, and a single sequence has no partner; with a frozen head the general op costs no more"
+    def _objective(
+        self, lengths: list[int], num_tokens: Tensor, ref_logps: Tensor | None, dtype: torch.dtype, **call: Any
+    ) -> tuple[list[tuple[int, int]], Objective]:
+        S = len(lengths)
+        P = -(-S // 2)
+
+        def by_pair(values: Tensor) -> Tensor:  # (S,) -> (2, P); a partner of the last one that there is none of gets 0
+            return F.pad(values, (0, 2 * P - S)).view(P, 2).t()
+
+        weights = torch.ones_like(num_tokens) if call["sequence_weights"] is None else call["sequence_weights"]
+        desirable, shares = by_pair(call["desirable"]), by_pair(weights)
+        offset = None if ref_logps is None else by_pair(ref_logps)
+
+        def losses(sums: Sums, pairs: Tensor) -> Tensor:
+            log_ratio = sums.log_ratio if offset is None else sums.log_ratio - offset[:, pairs].to(sums.log_ratio.dtype)
+            return self._losses(log_ratio, desirable[:, pairs], call["reference_point"], shares[:, pairs]).sum(0)
+
+        both = torch.tensor([True, False])
+        scale = gain(lambda zero: self.sequence_losses(zero, both, 0.0), 2, dtype)
+        return [(s, s + 1) for s in range(0, 2 * P, 2)], Objective(losses, "sequence", self.kl_slopes(), [1.0] * P, scale)
+
+    def _from_sweep(
+        self,
+        sums: SequenceSums,
+        losses: Tensor,
+        loss: Tensor,
+        count: float | Tensor | None,
+        extras: dict[str, Tensor],
+        num_tokens: Tensor,
+        **call: Any,
+    ) -> UnpairedOutput:
+        return self._output(sums, count, extras, num_tokens, loss=loss, **call)
 
     def forward(  # type: ignore[override]
         self,
@@ -316,10 +366,10 @@ class LinearKTOLoss(LinearUnpairedLoss, KTOLoss):
         loss = LinearKTOLoss()
         out = loss(policy_hidden, policy_head, ref_hidden, ref_head, labels, desirable, reference_point=kappa)
 
-    Options are those of `KTOLoss`, `max_chunk_bytes` and `logits_dtype`; the engine is always "recompute".
+    Options are those of `KTOLoss` and of `LinearSequenceLoss`.
     """
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class LinearBCOLoss(LinearUnpairedLoss, BCOLoss):
-    """`BCOLoss` from hidden states. Options are those of `BCOLoss`, `max_chunk_bytes` and `logits_dtype`."""
+    """`BCOLoss` from hidden states. Options are those of `BCOLoss` and of `LinearSequenceLoss`."""

@@ -158,7 +158,7 @@ def test_a_reference_point_is_a_constant(make: type, options: dict[str, Any], po
     at = torch.tensor(0.5, requires_grad=True)
     out = loss(batch.policy.requires_grad_(), *batch[1:3], DESIRABLE, reference_point=at)
     out.loss.backward()
-    assert at.grad is None
+    assert at.grad is None and not any(value.requires_grad for value in out.metrics.values())
     near("losses", out.losses, loss(*batch[:3], DESIRABLE, reference_point=0.5).losses)
 
 
@@ -324,13 +324,53 @@ def test_hidden_states_give_what_logits_give(
     counts = (batch.labels[:, 1:] != IGNORE).sum(-1).tolist()
     for budget in (19 * 8, 8 * 19 * 8, None):
         for trained in (True, False):
-            loss = LINEAR[make](max_chunk_bytes=budget, **options)
-            got = batch.run(loss, trained, valid_rows=counts, **call)
-            assert_same(got, expected, EXACT, f"{budget} bytes, {trained}")
-            assert got[0].engine.name == "recompute"
-            assert "no partner" in got[0].engine.reason
+            for engine in ("auto", "recompute"):
+                loss = LINEAR[make](max_chunk_bytes=budget, engine=engine, **options)
+                got = batch.run(loss, trained, valid_rows=counts, **call)
+                assert_same(got, expected, EXACT, f"{budget} bytes, {trained}, {engine}")
+                assert got[0].engine.name == ("one_pass" if engine == "auto" else "recompute")
     single = {name: x.float() if isinstance(x, Tensor) else x for name, x in call.items()}
     assert_same(batch.to(torch.float32).run(LINEAR[make](**options), **single), expected, SINGLE, "float32")
+
+
+@pytest.mark.parametrize("engine", ["one_pass", "recompute"])
+@every_loss
+def test_learned_weights_of_tokens(make: type, options: dict[str, Any], point: float | None, engine: str) -> None:
+    batch, weights = make_hidden(seed=36), torch.rand(make_hidden(seed=36).labels.shape, dtype=fp64)
+    grads = []
+    for loss in (LINEAR[make](engine=engine, max_chunk_bytes=8 * 19 * 8, **options), make(backend="reference", **options)):
+        leaf = weights.clone().requires_grad_()
+        inputs = (
+            batch[:4]
+            if isinstance(loss, LinearUnpairedLoss)
+            else (batch.hidden @ batch.weight.T, batch.ref_hidden @ batch.ref_weight.T)
+        )
+        out = loss(*inputs, batch.labels, DESIRABLE, reference_point=point, token_weights=leaf)
+        grads += torch.autograd.grad(out.loss, leaf)
+    near("gradient of weights", *grads)
+
+
+@pytest.mark.parametrize("S", [0, 1, 2])
+@pytest.mark.parametrize("make", LINEAR)
+def test_few_hidden_sequences(make: type, S: int) -> None:
+    batch = make_hidden(seed=37)
+    few = [batch.hidden[:S].clone().requires_grad_(), batch.weight, batch.ref_hidden[:S], batch.ref_weight, batch.labels[:S]]
+    out = LINEAR[make](engine="one_pass")(*few, DESIRABLE[:S], reference_point=0.1)
+    expected = batch.run(make(backend="reference"), reference_point=0.1)[0].losses[:S]
+    near("losses", out.losses, expected)
+    near("loss", out.loss, expected.mean() if S else torch.zeros((), dtype=fp64))
+    assert torch.autograd.grad(out.loss, few[0])[0].isfinite().all()
+
+
+@pytest.mark.parametrize("make", LINEAR)
+def test_float16_in_one_pass(make: type) -> None:
+    """Slopes get a power of two."""
+    half = make_hidden(seed=38, V=97).to(torch.float16)
+    exact = half.to(fp64).run(make(1e-4, backend="reference"), reference_point=0.1)
+    got = half.run(LINEAR[make](1e-4, engine="one_pass"), reference_point=0.1)
+    near("loss", got[0].loss, exact[0].loss, 2e-3)
+    for name, grad, right in zip(("hidden", "weight"), got[1], exact[1], strict=True):
+        near(f"gradient of {name}", grad, right, 5e-3)
 
 
 @pytest.mark.parametrize("make", LINEAR)
@@ -351,14 +391,15 @@ def test_packed_hidden_states(make: type) -> None:
 
 @pytest.mark.parametrize("make", LINEAR)
 def test_units(make: type) -> None:
-    """The KL has no gradient, so a frozen head is at its floor, and the reference's logits are never made again."""
+    """One pass is at the floor. The KL has no gradient, so recompute never makes the reference's logits again."""
     batch = make_hidden(seed=33, V=48, D=32).to(torch.float32)
     N = int((batch.labels[:, 1:] != IGNORE).sum())
-    loss = LINEAR[make](max_chunk_bytes=8 * 48 * 4)
-    for trained, call, expected in (
-        (True, {}, 5), (False, {}, 3),
-        (True, {"ref_logps": torch.zeros(len(ODD))}, 4), (False, {"ref_logps": torch.zeros(len(ODD))}, 2),
+    given = {"ref_logps": torch.zeros(len(ODD))}
+    for engine, trained, call, expected in (
+        ("one_pass", True, {}, 4), ("one_pass", False, {}, 3), ("one_pass", True, given, 3), ("one_pass", False, given, 2),
+        ("recompute", True, {}, 5), ("recompute", False, {}, 3), ("recompute", True, given, 4), ("recompute", False, given, 2),
     ):  # fmt: skip
+        loss = LINEAR[make](max_chunk_bytes=8 * 48 * 4, engine=engine)
         with counted_products() as products:
             batch.run(loss, trained, reference_point=0.1, **call)
         assert products.units(N, 48, 32) == expected
@@ -470,8 +511,7 @@ REFUSED: list[Any] = [
     (KTOLoss, {"loss_type": "sigmoid"}, r"(?s)loss_type.*kto, apo_zero_unpaired"),
     (BCOLoss, {"reduction": "none"}, "reduction"),
     (BCOLoss, {"extras": ("log_sum_sq_probs",)}, "extras"),
-    (LinearKTOLoss, {"engine": "one_pass"}, r"(?s)one_pass.*no partner.*recompute"),
-    (LinearBCOLoss, {"engine": "one_pass"}, r"(?s)one_pass.*no partner.*recompute"),
+    (LinearKTOLoss, {"engine": "one_pass", "backend": "reference"}, r"(?s)one_pass.*reference"),
     (LinearBCOLoss, {"logits_dtype": torch.float16}, "logits_dtype"),
 ]
 
