@@ -51,6 +51,20 @@ def test_a_padded_batch():
     assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "attention_mask", "labels"))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_with_weights(packed: bool):
+    """A weight stands where its id does; answers without weigh 1."""
+    rows = [ROWS[0] | {"chosen_weights": [0.5, 2], "rejected_weights": None}, ROWS[1] | {"rejected_weights": [-1, 0.25]}]
+    weights = [[0, 0, 0, 0.5, 2], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, -1, 0.25, 0]]
+    batch = PreferenceCollator(99, packed=packed)(rows)
+    lengths = (5, 3, 4, 4)
+    expected = [[w for row, n in zip(weights, lengths, strict=True) for w in row[:n]]] if packed else weights
+    assert batch["token_weights"].tolist() == expected and batch["token_weights"].dtype == torch.float32
+    cut = PreferenceCollator(99, 4, packed)(rows)
+    assert cut["token_weights"].shape == cut["labels"].shape
+    assert "token_weights" not in PreferenceCollator(99, packed=packed)(ROWS)
+
+
 def test_a_packed_batch():
     """The same without padding: positions begin anew with each sequence."""
     batch = PreferenceCollator(pad_token_id=99, packed=True)(ROWS)
@@ -169,6 +183,11 @@ IDS = ROWS[0]
         ({"prompt": "a", "chosen": "b"}, "rejected", "missing"),
         ({"question": "a"}, "prompt", "missing.*question"),
         ({}, "prompt", "missing"),
+        (IDS | {"chosen_weights": [1.0]}, "chosen_weights", "2 numbers"),
+        (IDS | {"chosen_weights": 1.0}, "chosen_weights", "2 numbers"),
+        (IDS | {"rejected_weights": [float("nan")]}, "rejected_weights", "finite"),
+        (IDS | {"rejected_weights": ["a"]}, "rejected_weights", "finite"),
+        (TEXT | {"chosen_weights": [1.0]}, "chosen_weights", "of token ids"),
         ("abc", "", "mapping.*str"),
     ],
     ids=str,

@@ -1222,6 +1222,23 @@ def test_packed_is_padded(build: Build, adapters: bool):
     assert_same_logs(eval_logs(packed.trainer), eval_logs(padded.trainer), METRICS | {"loss"}, "eval_")
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("kind", ["list", "dataset"])
+def test_weights_of_tokens(build: Build, kind: str, packed: bool):
+    """Log-ratios with weights of 2 are as good as twice β."""
+    model, rows = tiny_model(), id_rows(ROWS)
+    sides = ("chosen", "rejected")
+    weighted: Any = [row | {f"{side}_weights": [2.0] * len(row[f"{side}_ids"]) for side in sides} for row in rows]
+    if kind == "dataset":
+        weighted = pytest.importorskip("datasets").Dataset.from_list(weighted)
+    runs = [
+        run(build.fused("transformers", model, nearby(model), Objective("dpo", beta=beta), options=options, packed=packed))
+        for beta, options in ((0.1, {"train_dataset": weighted}), (0.2, {"train_dataset": rows}))
+    ]
+    assert_same_run(*runs)
+    assert_moved(runs[0], model)
+
+
 def test_prompts_that_leave_no_room_for_an_answer(module: str, build: Build):
     """Pairs without a token to learn from teach nothing: they are dropped or refused, be they rows of text or of ids."""
     length = 4

@@ -86,7 +86,8 @@ class TDPOArguments:
 class PreferenceTrainerMixin:
     """Beside a `transformers.Trainer`, which calls `set_up_loss` once its model and `ref_model` are there.
 
-    A batch holds what the model takes, and of the loss's arguments `labels`, and if known `valid_rows` and `cu_seqlens`.
+    A batch holds what the model takes, and of the loss's arguments `labels`, and if there are any `token_weights`, `valid_rows`
+    and `cu_seqlens`.
     """
 
     loss_is_scaled_for_ga: Any = False  # a mean over the pairs of a micro-batch, which the trainer divides by their number
@@ -152,7 +153,8 @@ class PreferenceTrainerMixin:
     def preference_output(self, model: nn.Module, batch: dict[str, Any]) -> PreferenceOutput:
         """The loss of a batch: one forward of the reference, and one of `model`, which may be wrapped."""
         inputs = dict(batch)
-        labels, valid_rows, cu_seqlens = (inputs.pop(name, None) for name in ("labels", "valid_rows", "cu_seqlens"))
+        names = ("labels", "token_weights", "valid_rows", "cu_seqlens")
+        labels, token_weights, valid_rows, cu_seqlens = (inputs.pop(name, None) for name in names)
         states = inputs.pop("ref_hidden", None)
         if states is None:
             ref_hidden, ref_head = self.reference_hidden(inputs)
@@ -165,8 +167,12 @@ class PreferenceTrainerMixin:
                 head = current_head(self.policy_head, policy)
                 device = head.weight.device  # not always that of the last layer, where a model is spread over several
                 packed = cu_seqlens is not None
-                x, z, y = (t.to(device).squeeze(0) if packed else t.to(device) for t in (hidden, ref_hidden, labels))
-                found.append(self.loss(x, head, z, ref_head or head, y, valid_rows=valid_rows, cu_seqlens=cu_seqlens))
+                x, z, y, weights = (
+                    t if t is None else t.to(device).squeeze(0) if packed else t.to(device)
+                    for t in (hidden, ref_hidden, labels, token_weights)
+                )
+                options = {"token_weights": weights, "valid_rows": valid_rows, "cu_seqlens": cu_seqlens}
+                found.append(self.loss(x, head, z, ref_head or head, y, **options))
                 return found[0].loss
 
             return through_head(policy, hidden_states(policy, inputs), loss)

@@ -1,14 +1,16 @@
 """Preference data for the trainer without TRL: rows of text or of ids, and batches of P pairs.
 
 A row is a mapping with `prompt`, `chosen` and `rejected`, strings or lists of chat messages; or, tokenised, with `prompt_ids`,
-`chosen_ids` and `rejected_ids`, lists of integers. These are also TRL's names.
+`chosen_ids` and `rejected_ids`, lists of integers. These are also TRL's names. Rows of ids may have `chosen_weights` and
+`rejected_weights`, a number for each id of an answer: the `token_weights` of the losses, as for TIS-DPO (docs/recipes.md).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from logging import getLogger
-from numbers import Integral
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ logger = getLogger(__name__)
 
 TEXT = ("prompt", "chosen", "rejected")
 IDS = tuple(f"{name}_ids" for name in TEXT)
+WEIGHTS = tuple(f"{name}_weights" for name in TEXT[1:])
 SHOWN = 10
 """Rows that an error lists."""
 
@@ -36,9 +39,9 @@ def check_pairs(rows: Iterable[Mapping[str, Any]], strict: bool = True) -> None:
     wrong = ((number, *problem) for number, row in enumerate(rows) for problem in _problems(row, strict, kinds))
     found = list(islice(wrong, SHOWN + 1))
     if found:
-        lines = [f"  {number:>7}  {name:<13}  {problem}" for number, name, problem in found[:SHOWN]]
+        lines = [f"  {number:>7}  {name:<16}  {problem}" for number, name, problem in found[:SHOWN]]
         more = ["  ... and more"] if len(found) > SHOWN else []
-        table = "\n".join(["      row  field          problem", *lines, *more])
+        table = "\n".join(["      row  field             problem", *lines, *more])
         raise ValueError(
             f"these rows are no preference pairs:\n{table}\nA row has {', '.join(TEXT)} (text or chat messages), or "
             f"{', '.join(IDS)} (lists of token ids). Mend or drop them."
@@ -80,6 +83,15 @@ def _problems(row: Any, strict: bool, kinds: set[bool]) -> Iterable[tuple[str, s
             yield name, f"expected text or a list of chat messages, got {'none' if value is None else repr(value)[:40]}"
         elif not all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value):
             yield name, "expected chat messages, mappings with role and content"
+    for name in WEIGHTS:  # None is how a dataset says that this row has none
+        if row.get(name) is not None and not tokenized:
+            yield name, "weights are of token ids, and this row has none"
+        elif row.get(name) is not None:
+            weights, ids = _as_list(row[name]), _as_list(row.get(name.replace("weights", "ids"), ()))
+            if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != len(ids):
+                yield name, f"expected a list of {len(ids)} numbers, one for each id"
+            elif not all(isinstance(weight, Real) and isfinite(weight) for weight in weights):
+                yield name, "expected finite numbers only"
     if not tokenized and len({isinstance(row.get(name), str) for name in TEXT if name in row}) > 1:
         yield "", "text in one field and chat messages in another"
 
@@ -163,7 +175,8 @@ class PreferenceCollator:
     Padded: `input_ids`, `attention_mask` and `labels` (S, T), on the right. Packed, without padding: `input_ids`,
     `position_ids` and `labels` (1, total), and `cu_seqlens` (S + 1,); models of transformers see the boundaries in the
     positions, which begin anew. Labels are `ignore_index` on prompt and padding. `valid_rows` has the number of labels that
-    count in each sequence, which saves the loss its synchronisation.
+    count in each sequence, which saves the loss its synchronisation. If any row has weights there are `token_weights`, float32
+    and of labels' shape; answers without them weigh 1.
     """
 
     pad_token_id: int = 0
@@ -195,19 +208,25 @@ class PreferenceCollator:
                 "fused_tdpo.integrations.data.tokenize_pairs."
             )
         check_pairs(rows)
-        ids, labels = [], []
-        for name in IDS[1:]:
+        ids, labels, weights = [], [], []
+        for name, weight in zip(IDS[1:], WEIGHTS, strict=True):
             for row in rows:
                 prompt, answer = (torch.tensor(_as_list(row[part]), dtype=torch.long) for part in ("prompt_ids", name))
                 ids.append(torch.cat([prompt, answer])[: self.max_length])
                 labels.append(torch.cat([prompt.new_full(prompt.shape, self.ignore_index), answer])[: self.max_length])
+                own = row.get(weight)
+                own = torch.ones(len(answer)) if own is None else torch.tensor(_as_list(own), dtype=torch.float32)
+                weights.append(torch.cat([torch.zeros(len(prompt)), own])[: self.max_length])
         batch: dict[str, Any] = {"valid_rows": [int((label[1:] != self.ignore_index).sum()) for label in labels]}
         lengths = torch.tensor([len(sequence) for sequence in ids])
+        weighted = any(row.get(name) is not None for row in rows for name in WEIGHTS)
         if self.packed:
             boundaries = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
             positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
             batch |= {"position_ids": positions[None], "cu_seqlens": boundaries}
+            batch |= {"token_weights": torch.cat(weights)[None]} if weighted else {}
             return batch | {"input_ids": torch.cat(ids)[None], "labels": torch.cat(labels)[None]}
+        batch |= {"token_weights": _pad(weights, 0)} if weighted else {}
         batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         return batch | {"input_ids": _pad(ids, self.pad_token_id), "labels": _pad(labels, self.ignore_index)}
 

@@ -20,7 +20,15 @@ except ImportError as error:
 
 from fused_tdpo.heads import backbone, call, eval_mode, unwrap
 from fused_tdpo.integrations._trainer import PreferenceTrainerMixin, TDPOArguments
-from fused_tdpo.integrations.data import IDS, PreferenceCollator, check_pairs, drop_long_prompts, is_tokenized, tokenize_pairs
+from fused_tdpo.integrations.data import (
+    IDS,
+    WEIGHTS,
+    PreferenceCollator,
+    check_pairs,
+    drop_long_prompts,
+    is_tokenized,
+    tokenize_pairs,
+)
 
 
 @dataclass
@@ -158,7 +166,7 @@ class TDPOTrainer(PreferenceTrainerMixin, Trainer):
         return super().evaluate(eval_dataset, *args, **options)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(IDS)  # the columns of a dataset that are kept for the collator
+        self._signature_columns = [*IDS, *WEIGHTS]  # the columns of a dataset that are kept for the collator
 
 
 def _check_packing(model: nn.Module) -> None:
