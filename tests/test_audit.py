@@ -177,17 +177,19 @@ def run(code: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str
         ["--case", "fp32", "--case", "bf16-narrow", "--case", "fp32-to-bf16", "--case", "bf16-to-fp32", "--target", "sm_90"],
         ["--case", "fold bf16-capped", "--case", "bwd bf16-capped", "--case", "bwd fp32-to-bf16-capped"],
         ["--case", "bf16-extras-capped", "--case", "bf16-narrow-capped", "--target", "sm_100"],
+        ["--case", "bf16-narrow-reverse-kl", "--case", "bf16-narrow-js", "--target", "sm_100"],
         ["--case", "bf16-reverse-kl", "--case", "bf16-js", "--case", "bf16-alpha-above-half"],
         [
             "--case",
-            "fold fp32-reverse-kl",
-            "--case",
-            "narrow-reverse-kl",
+            "fp32-reverse-kl",
             "--case",
             "bf16-fp32-reverse-kl",
+            "--case",
+            "fp32-narrow-reverse-kl",
             "--target",
             "sm_100",
         ],
+        ["--case", "bf16-32k-reverse-kl", "--case", "bf16-32k-js", "--case", "bf16-alpha", "--target", "sm_90"],
         ["--case", "scaled_copy"],
     ],
     ids=[
@@ -195,8 +197,10 @@ def run(code: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str
         "others-on-sm_90",
         "capped-everywhere",
         "capped-others-on-sm_100",
+        "narrow-divergences-on-sm_100",
         "divergences-everywhere",
         "others-of-reverse-kl-on-sm_100",
+        "divergences-of-short-rows-on-sm_90",
         "scaled_copy-everywhere",
     ],
 )
@@ -205,7 +209,7 @@ def test_kernels_keep_their_budget(options: list[str], compiler_env: dict[str, s
     result = run(["benchmarks/audit.py", *options, "--json", str(record)], compiler_env)
     assert result.returncode == 0, result.stdout + result.stderr
     reports = json.loads(record.read_text())["reports"]
-    assert len(reports) >= 4
+    assert len(reports) >= 6
     without_a_loop = ("finish", "settle", "scaled_copy")
     assert all(report["pairs"] for report in reports if not any(name in report["case"] for name in without_a_loop))
 
