@@ -79,10 +79,11 @@ class LinearSequenceLoss(SequenceLoss):
     def _linear_options(self, inputs: LinearInputs, device: torch.device) -> dict[str, Any]:
         """What `linear_stats` takes from the loss."""
         options = self.op_options()
+        divergence = as_divergence(options.pop("divergence"), options.pop("divergence_alpha"))
         backend, _ = choose_backend(self.backend, device.type, (inputs.dtype, inputs.ref_dtype or inputs.dtype))
         return options | {
             "backend": backend,
-            "divergence": as_divergence(options["divergence"], options.pop("divergence_alpha")),
+            "divergence": divergence,
             "max_chunk_bytes": self.max_chunk_bytes,
             "logits_dtype": self.logits_dtype,
         }
