@@ -55,7 +55,11 @@ def check_token_stats(
         check_logits("ref_logits", ref_logits)
     if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
         hint = (
-            " Are ref_logits and labels swapped?" if isinstance(labels, Tensor) and labels.dim() == policy_logits.dim() else ""
+            " Are ref_logits and labels swapped?"
+            if isinstance(labels, Tensor) and labels.dim() == policy_logits.dim()
+            else " Call .long() on them."
+            if isinstance(labels, Tensor)
+            else ""
         )
         raise TypeError(f"labels must be an int64 or int32 tensor; got {describe(labels)}.{hint}")
     rows = policy_logits.shape[:-1]
@@ -67,6 +71,8 @@ def check_token_stats(
             hint = f" Call labels.reshape({tuple(rows)}) first."
         elif labels.dim() and rows and labels.shape[-1] == rows[-1] + 1:
             hint = " token_stats never shifts: pass labels[..., 1:] with logits[..., :-1, :]."
+        elif labels.dim() and rows and labels.shape[-1] == rows[-1] - 1:
+            hint = " Pad rather than slice: F.pad(labels[..., 1:], (0, 1), value=-100) goes with whole logits."
         raise ValueError(
             f"labels must have shape {tuple(rows)} to match policy_logits {describe(policy_logits)}; "
             f"got {describe(labels)}.{hint}"
@@ -75,6 +81,7 @@ def check_token_stats(
         raise ValueError(
             f"ref_logits must have the rows of policy_logits, {tuple(rows)}, before its vocabulary axis; got "
             f"{describe(ref_logits)} beside {describe(policy_logits)}"
+            + (". DPO's losses take precomputed sums as ref_logps=..., with None here" if ref_logits.dim() == 1 else "")
         )
     for name, tensor in (("ref_logits", ref_logits), ("labels", labels)):
         if tensor is not None and tensor.device != policy_logits.device:
@@ -172,7 +179,9 @@ def check_hidden(name: str, hidden: Tensor, head_name: str, weight: Tensor, labe
     V, D = weight.shape
     if hidden.dim() == 0 or hidden.shape[-1] != D:
         hint = ""
-        if hidden.dim() and hidden.shape[-1] == V:
+        if hidden.dim() and hidden.shape[-1] == V < D:
+            hint = " Is the head transposed? It is (V, D), as nn.Linear's weight: pass .t()."
+        elif hidden.dim() and hidden.shape[-1] == V:
             hint = f" {name} is as wide as the vocabulary: logits go to token_stats, or to TDPOLoss and DPOLoss."
         elif hidden.dim() == 2 and hidden.shape[0] == D:
             hint = f" Is the head transposed? It is (V, D), as nn.Linear's weight. Or are {name} and {head_name} swapped?"

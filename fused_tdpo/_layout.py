@@ -44,7 +44,8 @@ class SequenceLayout:
         rising = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (cu_seqlens.diff() >= 0).all()
         if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and not rising:
             raise ValueError(
-                f"{expected}; got {cu_seqlens}. Rows that only pad the batch belong to the last sequence, with ignored labels."
+                f"{expected}; got {cu_seqlens}. From lengths (S,): F.pad(lengths.cumsum(0), (1, 0)). Rows that only pad the "
+                "batch belong to the last sequence, with ignored labels."
             )
         self.num_sequences = len(cu_seqlens) - 1
         self.offsets = torch.where(rising, cu_seqlens, 0).long()

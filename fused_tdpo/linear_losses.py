@@ -115,7 +115,8 @@ class LinearSequenceLoss(SequenceLoss):
             if labels.device.type == "cpu" and not torch.compiler.is_compiling() and wrong:
                 expected = counts.long().tolist()
                 raise ValueError(
-                    f"valid_rows must be the numbers of labels that count in each sequence, {expected}; got {lengths}"
+                    f"valid_rows must be the numbers of labels that count in each sequence, {expected}; got {lengths}. A "
+                    "sequence's first label never counts. Leave it out to have them counted."
                 )
         if engine.name == "one_pass":
             # It holds a callable, which no graph can: dynamo must not look inside.

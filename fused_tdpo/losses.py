@@ -33,6 +33,20 @@ from fused_tdpo.pair_losses import (
 )
 from fused_tdpo.types import PreferenceOutput, TokenStats
 
+ELSEWHERE = {
+    "dpo": "'sigmoid'",
+    "tdpo": "TDPOLoss with a pair loss such as 'sigmoid'",
+    "tdpo1": "TDPOLoss(variant='tdpo1')",
+    "tdpo2": "TDPOLoss(variant='tdpo2')",
+    "simpo": "a module of its own, SimPOLoss",
+    "cpo": "a module of its own, CPOLoss",
+    "orpo": "a module of its own, ORPOLoss",
+    "kto": "a module of its own, KTOLoss",
+    "kto_pair": "KTOLoss, of single sequences",
+    "bco": "'bco_pair' of pairs, or BCOLoss of single sequences",
+}
+"""What else a `loss_type` is called -> what it is here."""
+
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class SequenceLoss(nn.Module):
@@ -63,6 +77,8 @@ class SequenceLoss(nn.Module):
     def __post_init__(self) -> None:
         super().__init__()
         check_number("beta", self.beta, lambda beta: beta > 0, "> 0")
+        if self.reduction == "none":
+            raise ValueError("reduction='none' is not offered: only out.loss is differentiable; out.losses holds all, detached")
         check_choice("reduction", self.reduction, ("mean", "sum"))
 
         # the op's own options, by its own checks: on an empty batch, whose vocabulary is as wide as vocab_size asks
@@ -392,6 +408,8 @@ class PreferenceLoss(PairLoss):
 
     def _check_loss_types(self) -> None:
         for name in self.loss_types:
+            if isinstance(name, str) and name in ELSEWHERE:
+                raise ValueError(f"loss_type={name!r} is {ELSEWHERE[name]}; those here are {', '.join(PAIR_LOSSES)}")
             check_choice("loss_type", name, PAIR_LOSSES)
         if not self.loss_types:
             raise ValueError("loss_type must name at least one loss; got none")

@@ -87,7 +87,7 @@ class ReferenceFreeLoss(PairLoss):
         self,
         policy_logits: Tensor,
         labels: Tensor,
-        *,
+        *reference: Tensor,
         token_weights: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         num_pairs: float | Tensor | None = None,
@@ -98,6 +98,7 @@ class ReferenceFreeLoss(PairLoss):
         Args:
             policy_logits: (S, T, V), or packed (total, V) with `cu_seqlens`; float.
             labels: (S, T), or (total,); the model's ordinary, unshifted labels, `ignore_index` on prompt and padding.
+            reference: nothing; it is refused.
             token_weights: as `labels`; the weight of log p of token `labels[s, t]`, but not in the NLL. May require grad.
             cu_seqlens, num_pairs, valid_rows: as in `DPOLoss`.
 
@@ -107,11 +108,16 @@ class ReferenceFreeLoss(PairLoss):
         Raises:
             ValueError: arguments that do not fit together; nothing has been computed then.
         """
+        self._refuse(reference, "policy_logits, labels")
         self._check_shape(policy_logits, labels, "policy_logits, labels")
         layout = self._pair_layout(labels, cu_seqlens, num_pairs, token_weights=token_weights)
         labels = layout.shift(labels, self.ignore_index)
         stats = self._stats(policy_logits, None, labels)
         return self._from_stats(stats, labels, layout, token_weights, count=num_pairs)
+
+    def _refuse(self, reference: tuple[Tensor, ...], order: str) -> None:
+        if reference:
+            raise TypeError(f"{type(self).__name__} takes no reference: call it with ({order}); {len(reference)} more came")
 
     def _sequence_sums(self, totals: SequenceSums, ref_logps: Tensor | None) -> SequenceSums:
         """Means beside the numbers of tokens, by which the NLL becomes a sum again."""
@@ -173,14 +179,14 @@ class SimPOLoss(ReferenceFreeLoss):
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class CPOLoss(ReferenceFreeLoss):
-    """CPO (arXiv 2401.08417, eq. 3): −log σ(β (ℓ_w − ℓ_l)) + α·NLL.
+    """CPO (arXiv 2401.08417, eq. 3): −log σ(β (ℓ_w − ℓ_l)) + cpo_alpha·NLL.
 
     The NLL is a mean over tokens, as in TRL's and the authors' code, where the equation sums over a response. Options are the
     fields below and those of `PairLoss`.
     """
 
     cpo_alpha: float = 1.0
-    """α, the weight of the NLL, >= 0."""
+    """Weight of the NLL, >= 0."""
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """A pair loss of `PAIR_LOSSES`, with log-probabilities for log-ratios; "ipo" takes means ℓ̄, and reports them."""
     label_smoothing: float = 0.0
@@ -255,7 +261,7 @@ class LinearReferenceFreeLoss(LinearPairLoss, ReferenceFreeLoss):
         policy_hidden: Tensor,
         policy_head: Tensor | LMHead,
         labels: Tensor,
-        *,
+        *reference: Tensor,
         token_weights: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         num_pairs: float | Tensor | None = None,
@@ -265,6 +271,7 @@ class LinearReferenceFreeLoss(LinearPairLoss, ReferenceFreeLoss):
 
         Args:
             policy_hidden, policy_head, labels, valid_rows: as in `LinearDPOLoss`.
+            reference: nothing; it is refused.
             token_weights, cu_seqlens, num_pairs: as in the losses from logits.
 
         Returns:
@@ -273,6 +280,7 @@ class LinearReferenceFreeLoss(LinearPairLoss, ReferenceFreeLoss):
         Raises:
             TypeError, ValueError: arguments that do not fit together; nothing has been computed then.
         """
+        self._refuse(reference, "policy_hidden, policy_head, labels")
         inputs = linear_inputs(policy_hidden, policy_head, None, None, labels, self.vocab_size)
         layout = self._pair_layout(labels, cu_seqlens, num_pairs, token_weights=token_weights)
         return self._from_hidden(inputs, policy_hidden, None, labels, layout, (token_weights, None), num_pairs, valid_rows)

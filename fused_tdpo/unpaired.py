@@ -36,8 +36,12 @@ def kto_reference_point(log_ratios: Tensor) -> Tensor:
     With several processes, gather the log-ratios of all first.
 
     Raises:
-        ValueError: no log-ratio at all.
+        ValueError: not one number for each sequence, or none at all.
     """
+    if not isinstance(log_ratios, Tensor) or log_ratios.dim() != 1:
+        raise ValueError(
+            f"log_ratios must be (S,), one for each sequence; got {describe(log_ratios)}. Sum over tokens: .sum(-1)"
+        )
     if not log_ratios.numel():
         raise ValueError("a mean of log-ratios needs at least one; got none. Keep the last κ, or leave the step out")
     return log_ratios.detach().mean().clamp(min=0)
@@ -249,10 +253,10 @@ class BCOLoss(UnpairedLoss):
             totals += torch.stack([kinds @ out.rewards.to(totals), kinds.sum(1)])
             delta = (totals[0] / totals[1].clamp(min=1)).mean()
 
-    (TRL's δ is the mean of all rewards, `totals[0].sum() / totals[1].sum()`, which differs where the numbers do.) With several
-    processes, sum `totals` over them. The loss is a mean over all S, as TRL's; the paper adds up a mean for each kind, which is
-    S/S_kind as `sequence_weights`. Where prompts of both kinds differ, ratios of their densities, desirable to others, are
-    `sequence_weights` of the others. Options are those of `SequenceLoss`.
+    (The δ of TRL's former BCOTrainer is the mean of all rewards, `totals[0].sum() / totals[1].sum()`, which differs where the
+    numbers do.) With several processes, sum `totals` over them. The loss is a mean over all S, as there; the paper adds up a
+    mean for each kind, which is S/S_kind as `sequence_weights`. Where prompts of both kinds differ, ratios of their densities,
+    desirable to others, are `sequence_weights` of the others. Options are those of `SequenceLoss`.
     """
 
     point_metric: ClassVar[str] = "delta"
@@ -264,8 +268,8 @@ class BCOLoss(UnpairedLoss):
     def _check_point(self, point: float | Tensor | None) -> None:
         if point is None:
             raise ValueError(
-                "BCO needs reference_point, its δ: the mean of rewards so far, 0.0 at first, then updated from out.rewards "
-                "after each step as the docstring of BCOLoss shows"
+                "BCO needs reference_point, its δ: halfway between the mean rewards of both kinds so far, 0.0 at first, then "
+                "updated from out.rewards after each step as the docstring of BCOLoss shows"
             )
         _check_point(point, lambda _: True, "or a 0-dim tensor")
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import fused_tdpo
 from contract_token_stats import kl_from_delta, noise
 from fused_tdpo import TokenStats, token_stats
 
@@ -320,3 +321,29 @@ def test_triton_by_name_where_it_cannot_run(before, says, compiler_env):
     assert re.search("triton", error, re.IGNORECASE), error
     assert re.search(says, error, re.IGNORECASE), error
     assert re.search("torch|reference|auto|TRITON_INTERPRET|install", error), f"no next step: {error}"
+
+
+# -------------------------------------------------------------------------------------------------------------- the next step
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        (lambda x, y: fused_tdpo.token_stats(x, x, y[:, 1:]), r"Pad rather than slice: F\.pad\(labels"),
+        (lambda x, y: fused_tdpo.token_stats(x, x, y.float()), r"\.long\(\)"),
+        (lambda x, y: fused_tdpo.token_stats(x, torch.zeros(4), y), "ref_logps=.*None"),
+        (
+            lambda x, y: fused_tdpo.linear_token_stats(x, torch.zeros(9, 20), None, None, y),
+            r"transposed\? It is \(V, D\).*\.t\(\)",
+        ),
+        (lambda x, y: fused_tdpo.DPOLoss()(x[0], x[0], y[0], cu_seqlens=torch.tensor([2, 3])), r"From lengths \(S,\)"),
+        (lambda x, y: fused_tdpo.DPOLoss(loss_type="simpo"), "SimPOLoss"),
+        (lambda x, y: fused_tdpo.TDPOLoss(loss_type="tdpo1"), r"TDPOLoss\(variant='tdpo1'\)"),
+        (lambda x, y: fused_tdpo.DPOLoss(loss_type="dpo"), "'sigmoid'"),
+        (lambda x, y: fused_tdpo.KTOLoss(reduction="none"), r"out\.losses"),
+    ],
+)
+def test_hints(call, hint):
+    x, y = torch.zeros(4, 5, 9), torch.zeros(4, 5, dtype=torch.int64)
+    with pytest.raises((TypeError, ValueError), match=f"(?s){hint}"):
+        call(x, y)

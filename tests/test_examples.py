@@ -42,6 +42,13 @@ def test_ti_dpo():
     assert losses[-1] < 0.6 and margins[-1] > 0.2 and column(output, "rewards/accuracies")[-1] == 1.0
 
 
+def test_kto():
+    output = run("kto.py", "--steps", "30")
+    losses, good, bad = (column(output, name) for name in ("loss", "rewards/chosen", "rewards/rejected"))
+    assert (losses[0], good[0], bad[0]) == (0.6667, 0.0, 0.0)  # 5 of 15 answers weigh 2, and each loses half its weight
+    assert losses[-1] < 0.6 and good[-1] > 0.2 > -0.2 > bad[-1]
+
+
 def test_distill():
     kl = column(run("distill.py", "--steps", "40"), "student)")
     assert len(kl) == 3 and kl[-1] < 0.9 * kl[0]

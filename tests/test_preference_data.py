@@ -188,6 +188,8 @@ IDS = ROWS[0]
         (IDS | {"rejected_weights": [float("nan")]}, "rejected_weights", "finite"),
         (IDS | {"rejected_weights": ["a"]}, "rejected_weights", "finite"),
         (TEXT | {"chosen_weights": [1.0]}, "chosen_weights", "of token ids"),
+        (IDS | {"chosen_weight": [1.0]}, "chosen_weight", "unknown.*chosen_weights"),
+        (IDS | {"chosen_kl_weights": [1.0]}, "chosen_kl_weights", "unknown"),
         ("abc", "", "mapping.*str"),
     ],
     ids=str,

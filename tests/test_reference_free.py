@@ -640,6 +640,17 @@ def test_refused_calls(arguments: Callable[..., Any], call: dict[str, Any], mess
             make()(*arguments(batch), **call)
 
 
+@pytest.mark.parametrize("make", LINEAR)
+def test_a_reference_is_refused(make: type) -> None:
+    batch, x = make_batch(seed=36), make_hidden(seed=36)
+    with pytest.raises(TypeError, match=rf"{make.__name__} takes no reference.*\(policy_logits, labels\); 1 more"):
+        make()(batch.policy, batch.ref, batch.labels)
+    with pytest.raises(
+        TypeError, match=rf"Linear{make.__name__} takes no reference.*\(policy_hidden, policy_head, labels\); 2 more"
+    ):
+        LINEAR[make]()(x.hidden, x.weight, x.hidden, x.weight, x.labels)
+
+
 @pytest.mark.parametrize("make", LINEAR.values())
 def test_refused_calls_from_hidden_states(make: type) -> None:
     batch = make_hidden(seed=49)

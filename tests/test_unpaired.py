@@ -241,6 +241,8 @@ def test_kto_reference_point() -> None:
 def test_no_log_ratio_has_no_mean() -> None:
     with pytest.raises(ValueError, match=r"(?s)at least one.*last κ"):
         kto_reference_point(torch.empty(0))
+    with pytest.raises(ValueError, match=r"(?s)\(S,\).*\(3, 4\).*\.sum\(-1\)"):
+        kto_reference_point(torch.zeros(3, 4))
 
 
 def test_bco_reference_point() -> None:

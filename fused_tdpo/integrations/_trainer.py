@@ -63,7 +63,14 @@ class TDPOArguments:
             ValueError: options that are unknown or do not fit together.
         """
         if self.tdpo_variant not in VARIANTS:
-            raise ValueError(f"tdpo_variant must be one of {', '.join(VARIANTS)}; got {self.tdpo_variant!r}")
+            raise ValueError(
+                f"tdpo_variant must be one of {', '.join(VARIANTS)}; got {self.tdpo_variant!r}. KTO, BCO, SimPO, CPO, ORPO and "
+                "TI-DPO are losses for a loop of your own"
+            )
+        if self.ref_hidden_dir is not None and not self.precompute_ref_hidden:
+            raise ValueError(
+                f"ref_hidden_dir={self.ref_hidden_dir!r} is for precompute_ref_hidden=True; set that, or leave it out"
+            )
         if not self.tdpo_alpha >= 0:
             raise ValueError(f"tdpo_alpha must be a number >= 0; got {self.tdpo_alpha!r}")
         if self.logits_dtype not in LOGITS_DTYPES:

@@ -1,8 +1,8 @@
 """Preference data for the trainer without TRL: rows of text or of ids, and batches of P pairs.
 
 A row is a mapping with `prompt`, `chosen` and `rejected`, strings or lists of chat messages; or, tokenised, with `prompt_ids`,
-`chosen_ids` and `rejected_ids`, lists of integers. These are also TRL's names. Rows of ids may have `chosen_weights` and
-`rejected_weights`, a number for each id of an answer: the `token_weights` of the losses, as for TIS-DPO (docs/recipes.md).
+`chosen_ids` and `rejected_ids`, lists of integers. Rows of ids may have `chosen_weights` and `rejected_weights`, a number for
+each id of an answer: the `token_weights` of the losses, as for TIS-DPO (docs/recipes.md).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,6 +83,9 @@ def _problems(row: Any, strict: bool, kinds: set[bool]) -> Iterable[tuple[str, s
             yield name, f"expected text or a list of chat messages, got {'none' if value is None else repr(value)[:40]}"
         elif not all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value):
             yield name, "expected chat messages, mappings with role and content"
+    for name in row:
+        if "weight" in str(name) and name not in WEIGHTS:
+            yield str(name), f"unknown; weights of tokens are {' and '.join(WEIGHTS)}"
     for name in WEIGHTS:  # None is how a dataset says that this row has none
         if row.get(name) is not None and not tokenized:
             yield name, "weights are of token ids, and this row has none"

@@ -43,7 +43,7 @@ class TDPOConfig(TDPOArguments, TrainingArguments):
     beta: float = field(default=0.1, metadata={"help": "Inverse temperature of the implicit reward, > 0."})
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "The pair loss, a key of fused_tdpo.losses.PAIR_LOSSES, or several, to be added."},
+        metadata={"help": "The pair loss, a key of fused_tdpo.pair_losses.PAIR_LOSSES, or several, to be added."},
     )
     loss_weights: list[float] | None = field(default=None, metadata={"help": "Weights of the pair losses; None for 1."})
     label_smoothing: float = field(default=0.0, metadata={"help": "Assumed share of swapped pairs, in [0, 0.5)."})

@@ -20,7 +20,7 @@ except ImportError as error:
     raise ImportError("this trainer needs TRL: pip install 'fused-tdpo[trl]'") from error
 
 from fused_tdpo.integrations._trainer import PreferenceTrainerMixin, TDPOArguments
-from fused_tdpo.integrations.data import check_pairs
+from fused_tdpo.integrations.data import check_pairs, is_tokenized
 from fused_tdpo.linear_losses import LinearPreferenceLoss
 
 
@@ -118,6 +118,11 @@ class TDPOTrainer(PreferenceTrainerMixin, DPOTrainer):
         for dataset in (train_dataset, eval_dataset):
             for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
                 if isinstance(part, Dataset) and not {"image", "images"} & set(part.column_names):
+                    if len(part) and is_tokenized(part[0]):
+                        raise ValueError(
+                            "TRL tokenises by itself: pass rows of text, or train rows of ids, and weights of tokens, with "
+                            "fused_tdpo.integrations.transformers.TDPOTrainer"
+                        )
                     check_pairs(part, strict=False)
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, **options)
         self.data_collator = _Counting(self.data_collator)
