@@ -208,6 +208,8 @@ class HiddenCase:
 
 _LOSSES = ("ours", "ours_recompute", "ours_dpo", "naive_valid", "naive_all", "trl", "liger")
 _BEST = ("ours", "naive_valid")
+_TOKEN_LEVEL = (*_LOSSES, "compiled", "cce", "ours_kl", "fla")
+_OTHERS = ("ours_simpo", "liger_simpo", "ours_kto", "liger_kto")
 _CAPPED = ("ours", "ours_recompute", "compiled")
 _QWEN = {"D": 4096, "V": 151_936, "pairs": 4}
 _LONG = {"D": 896, "V": 151_936}
@@ -216,12 +218,13 @@ _TINY = {"D": 64, "V": 1000, "dtype": torch.float32, "tags": SMALL}
 
 HIDDEN_CASES = (
     *(
-        HiddenCase(2048, D, V, pairs=pairs, trained=trained, tags=GPU | MAIN)
+        HiddenCase(2048, D, V, pairs=pairs, trained=trained, only=_TOKEN_LEVEL, tags=GPU | MAIN)
         for pairs, D, V in ((4, 4096, 151_936), (4, 896, 151_936), (2, 4096, 131_072))
         for trained in (True, False)
     ),
     *(HiddenCase(T, **_LONG, only=_LOSSES) for T in (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)),
     HiddenCase(131_072, **_LONG, only=_LOSSES, tags=GPU | MAIN),
+    HiddenCase(1024, **_LONG, pairs=8, only=_OTHERS),
     *(HiddenCase(2048, **_QWEN, masked=masked, only=_LOSSES) for masked in (0.0, 0.9)),
     HiddenCase(2048, **_QWEN, trained=False, apart=True, only=_LOSSES),
     *(
@@ -236,8 +239,9 @@ HIDDEN_CASES = (
     HiddenCase(32, **_TINY, masked=0.0, softcap=30.0, only=_CAPPED),
     *(
         HiddenCase(T, **_ON_CPU, only=only, tags=CPU | MAIN)
-        for T, only in ((512, ()), (1024, _LOSSES), (2048, _LOSSES), (4096, _BEST), (8192, ("ours",)))
+        for T, only in ((512, _TOKEN_LEVEL), (1024, _LOSSES), (2048, _LOSSES), (4096, _BEST), (8192, ("ours",)))
     ),
+    HiddenCase(512, **_ON_CPU, pairs=2, only=_OTHERS, tags=CPU),
     HiddenCase(1024, **_ON_CPU, trained=False, only=_LOSSES, tags=CPU),
     *(HiddenCase(512, **_ON_CPU, masked=masked, only=(*_BEST, "naive_all"), tags=CPU) for masked in (0.0, 0.9)),
 )

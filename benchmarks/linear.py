@@ -8,6 +8,7 @@ share the work differently in each provider. `bare` is the floor: the matrix pro
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cases import HiddenCase
@@ -16,12 +17,24 @@ from fused_tdpo.cli._measure import as_bytes, available_bytes, peak_bytes
 from fused_tdpo.cli._rivals import ALPHA, shifted, spread, tdpo2
 from fused_tdpo.reference import token_stats_reference
 from measure import Clock, Level, relative_error
-from providers import CPU_CHUNK_BYTES, Provider, project
+from providers import CPU_CHUNK_BYTES, KAPPA, SIMPO, Provider, desirable, project
 
 LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Relative error that the gate allows, by the dtype of the case: bf16 logits alone make 1e-2, a forgotten KL 5e-2 and more."""
 
-ALPHAS = {"tdpo2": ALPHA, "dpo": 0.0}
+
+def loss_of(computes: str, stats: TokenStats, beta: float, counted: Tensor) -> Tensor:
+    """What a provider of that name is held to, from logp, ref_logp and kl (S, T), 0 where nothing is `counted`."""
+    if computes == "kl":
+        return stats.kl.sum() / counted.sum()
+    if computes == "simpo":
+        chosen, rejected = (stats.logp.sum(-1) / counted.sum(-1)).chunk(2)
+        return -F.logsigmoid(SIMPO["beta"] * (chosen - rejected) - SIMPO["gamma"]).mean()
+    if computes == "kto":
+        z = beta * ((stats.logp - stats.ref_logp).sum(-1) - KAPPA)
+        return torch.sigmoid(torch.where(desirable(z), -z, z)).mean()
+    return tdpo2(stats, beta, ALPHA if computes == "tdpo2" else 0.0)
+
 
 CHECKED_ROWS = 64
 TRUTH_ROWS = 512
@@ -158,7 +171,7 @@ class Truth:
     def judge(self, computes: str, loss: Tensor, gradients: tuple[Tensor, ...]) -> tuple[dict[str, float], list[str]]:
         """(Relative error of each result, what is wrong in words)."""
         case, stats = self.inputs.case, TokenStats(*(stat.detach().requires_grad_() for stat in self.stats[:3]))
-        true_loss = stats.kl.sum() / case.N if computes == "kl" else tdpo2(stats, case.beta, ALPHAS[computes])
+        true_loss = loss_of(computes, stats, case.beta, self.labels != -100)
         slopes = torch.autograd.grad(true_loss, (stats.logp, stats.kl), materialize_grads=True)
         upstream = [slope.flatten()[self.rows] for slope in slopes]
         x = self._hidden(self.rows).requires_grad_()

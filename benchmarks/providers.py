@@ -36,8 +36,9 @@ class Provider:
     """Imports and prepares; called once per case. Raises ImportError or Unavailable where it cannot run."""
     overwrites: bool = False
     """Leaves something else where the policy's logits were: they are restored before each call, outside the time."""
-    computes: Literal["tdpo2", "dpo", "kl"] = "tdpo2"
-    """Its loss, at the hidden level: TDPO2, DPO (which is TDPO2 with alpha = 0), or the mean KL of the rows that count."""
+    computes: Literal["tdpo2", "dpo", "kl", "simpo", "kto"] = "tdpo2"
+    """Its loss, at the hidden level: TDPO2, DPO (which is TDPO2 with alpha = 0), the mean KL of the rows that count, SimPO, or
+    KTO with the chosen sequences desirable; numbers are in `SIMPO` and `KAPPA`."""
     holds: Literal["", "valid", "all"] = ""
     """The rows whose logits it holds all at once, at the hidden level."""
 
@@ -83,7 +84,9 @@ CPU_CHUNK_BYTES = 64 * 2**20
 """What ours may spend on logits on a CPU; on a GPU it is left to them."""
 
 
-def _ours(name: str, **options: object) -> Callable[[], Loss]:
+def _ours(name: str, arguments: Callable[..., tuple] = lambda *inputs: inputs, **options: object) -> Callable[[], Loss]:
+    """`arguments`: of the five inputs of a `Loss`, what the loss is called with."""
+
     def load() -> Loss:
         import fused_tdpo
 
@@ -96,8 +99,9 @@ def _ours(name: str, **options: object) -> Callable[[], Loss]:
             budget = None if policy_hidden.is_cuda else CPU_CHUNK_BYTES
             if not lengths:
                 lengths.extend((shifted(others[-1]) != -100).sum(-1).tolist())
-            loss = getattr(fused_tdpo, name)(beta=beta, max_chunk_bytes=budget, **options)
-            return loss(policy_hidden, *others, valid_rows=lengths).loss
+            loss = getattr(fused_tdpo, name)(**{"beta": beta} | options, max_chunk_bytes=budget)
+            point = {"reference_point": KAPPA} if "KTO" in name else {}
+            return loss(*arguments(policy_hidden, *others), valid_rows=lengths, **point).loss
 
         return loss
 
@@ -161,6 +165,36 @@ def _fla_kl() -> Loss:
     return loss
 
 
+SIMPO = {"beta": 2.0, "gamma": 0.5}
+KAPPA = 0.1
+
+
+def desirable(labels: Tensor) -> Tensor:
+    """(S,): the chosen sequences."""
+    return torch.arange(len(labels), device=labels.device) < len(labels) // 2
+
+
+def _liger_simpo() -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss
+
+    def loss(beta: float, x: Tensor, head: Tensor, z: Tensor, ref_head: Tensor, labels: Tensor) -> Tensor:
+        simpo = LigerFusedLinearSimPOLoss(**SIMPO, compute_nll_loss=False, compiled=x.is_cuda)
+        return simpo(head, x, shifted(labels))[0]
+
+    return loss
+
+
+def _liger_kto() -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearKTOLoss
+
+    def loss(beta: float, x: Tensor, head: Tensor, z: Tensor, ref_head: Tensor, labels: Tensor) -> Tensor:
+        kto, ref = LigerFusedLinearKTOLoss(beta=beta, compiled=x.is_cuda), {"ref_input": z, "ref_weight": ref_head.detach()}
+        kappa = torch.full((), KAPPA, device=x.device)
+        return kto(x, head, shifted(labels), preference_labels=desirable(labels), kl=kappa, **ref)[0]
+
+    return loss
+
+
 HIDDEN_PROVIDERS = {
     "ours": Provider(_ours("LinearTDPOLoss", alpha=ALPHA, engine="one_pass")),
     "ours_recompute": Provider(_ours("LinearTDPOLoss", alpha=ALPHA, engine="recompute")),
@@ -173,9 +207,13 @@ HIDDEN_PROVIDERS = {
     "cce": Provider(_cce, computes="dpo"),
     "ours_kl": Provider(_ours_kl, computes="kl"),
     "fla": Provider(_fla_kl, computes="kl"),
+    "ours_simpo": Provider(_ours("LinearSimPOLoss", lambda x, head, z, ref_head, y: (x, head, y), **SIMPO), computes="simpo"),
+    "liger_simpo": Provider(_liger_simpo, computes="simpo", holds="all"),
+    "ours_kto": Provider(_ours("LinearKTOLoss", lambda *inputs: (*inputs, desirable(inputs[-1]))), computes="kto"),
+    "liger_kto": Provider(_liger_kto, computes="kto", holds="all"),
 }
 """TDPO2 by ours, in one pass and recomputing; by PyTorch on the rows that count, compiled or not, and on all; by a rival. Then
-DPO, and the KL alone. Here `bare` is the floor."""
+DPO, the KL alone, SimPO and KTO. Here `bare` is the floor, but for SimPO, which makes three of its four products."""
 
 
 # ------------------------------------------------------------------------------------------------------------ how exact

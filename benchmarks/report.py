@@ -255,6 +255,12 @@ def hidden_others(records: Newest) -> tuple[str, Table]:
     return f"DPO, and of `ours_kl` and `fla` the mean KL, {TIMES_AND_MEMORY}", losses(records, ("dpo", "kl"))
 
 
+def hidden_family(records: Newest) -> tuple[str, Table]:
+    """SimPO and KTO on each case."""
+    text = f"SimPO, which makes three of the four bare products, and KTO, {TIMES_AND_MEMORY}"
+    return text, losses(records, ("simpo", "kto"))
+
+
 def hidden_phases(records: Newest) -> tuple[str, Table]:
     """Every provider on every case in a row."""
     names = ("", "forward", "backward", "both", "20 % to 80 %", "of bare", "TFLOP/s", "peak memory", "of it gradients")
@@ -348,6 +354,7 @@ VIEWS = {
     "memory": ("logits", everything, memory),
     "hidden-all": ("hidden", everything, hidden),
     "hidden-others": ("hidden", everything, hidden_others),
+    "hidden-family": ("hidden", everything, hidden_family),
     "hidden-phases": ("hidden", main_cases, hidden_phases),
     "summary": ("hidden", main_cases, summary),
     "accuracy": ("accuracy", everything, accuracy),

@@ -439,9 +439,28 @@ def kl_alone(beta, x, head, z, ref_head, labels):
     return providers.official(F.linear(x, head), F.linear(z, ref_head), labels).kl.sum() / (labels != -100).sum()
 
 
-@pytest.mark.parametrize("computes", ["tdpo2", "dpo", "kl"])
+def log_probs(hidden, head, labels):
+    """(S, T) of labels, 0 where they do not count; and how many count."""
+    y = providers.shifted(labels)
+    found = F.linear(hidden, head).log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])[..., 0]
+    return found.where(y != -100, 0.0).sum(-1), (y != -100).sum(-1)
+
+
+def simpo_alone(beta, x, head, z, ref_head, labels):
+    logp, count = log_probs(x, head, labels)
+    chosen, rejected = (logp / count).chunk(2)
+    return -F.logsigmoid(2.0 * (chosen - rejected) - 0.5).mean()
+
+
+def kto_alone(beta, x, head, z, ref_head, labels):
+    ratio = log_probs(x, head, labels)[0] - log_probs(z, ref_head, labels)[0]
+    chosen, rejected = ratio.chunk(2)
+    return (2 - torch.sigmoid(beta * (chosen - 0.1)) - torch.sigmoid(beta * (0.1 - rejected))).mean() / 2
+
+
+@pytest.mark.parametrize("computes", ["tdpo2", "dpo", "kl", "simpo", "kto"])
 def test_the_gate_knows_what_is_computed(computes):
-    right = {"tdpo2": naive, "dpo": without_kl, "kl": kl_alone}
+    right = {"tdpo2": naive, "dpo": without_kl, "kl": kl_alone, "simpo": simpo_alone, "kto": kto_alone}
     for name, loss in right.items():
         assert examined(providers.Provider(lambda loss=loss: loss, computes=computes)).failed == (name != computes)
 
