@@ -256,8 +256,10 @@ def measure(
     inputs = level.inputs(case, device)
     truth, floor = level.truth(inputs), level.floor and level.floor(inputs)
     found, contenders = ({floor.name: Measurement(floor.name)}, {floor.name: floor}) if floor else ({}, {})
+    shares = {}
     for name, provider in providers:
         say(f"checking {name}")
+        shares[name] = provider.products
         found[name], contender = admit(name, provider, inputs, truth, level)
         if contender is not None:
             contenders[name] = contender
@@ -287,7 +289,8 @@ def measure(
         result.ms = {phase: quantiles([ms[phase] for ms in rows]) for phase in rows[0]}
         least = least or result.ms  # the floor is the first
         result.floor_ms = {phase: ms[1] for phase, ms in least.items()}
-        fast = [phase for phase in floor.bounds if least[phase][0] > TOO_FAST * result.ms[phase][1]]
+        bounds = {phase: shares.get(name, 1.0) * least[phase][0] for phase in floor.bounds}
+        fast = [phase for phase, bound in bounds.items() if bound > TOO_FAST * result.ms[phase][1]]
         if fast:
             result.refuse(f"{' and '.join(fast)} faster than the {floor.must} allow: something is not measured", failed=True)
     return list(found.values())

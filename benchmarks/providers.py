@@ -39,6 +39,8 @@ class Provider:
     computes: Literal["tdpo2", "dpo", "kl", "simpo", "kto"] = "tdpo2"
     """Its loss, at the hidden level: TDPO2, DPO (which is TDPO2 with alpha = 0), the mean KL of the rows that count, SimPO, or
     KTO with the chosen sequences desirable; numbers are in `SIMPO` and `KAPPA`."""
+    products: float = 1.0
+    """The share of the products of `bare` that its loss needs, with a trained head."""
     holds: Literal["", "valid", "all"] = ""
     """The rows whose logits it holds all at once, at the hidden level."""
 
@@ -188,7 +190,10 @@ def _liger_kto() -> Loss:
     from liger_kernel.chunked_loss import LigerFusedLinearKTOLoss
 
     def loss(beta: float, x: Tensor, head: Tensor, z: Tensor, ref_head: Tensor, labels: Tensor) -> Tensor:
-        kto, ref = LigerFusedLinearKTOLoss(beta=beta, compiled=x.is_cuda), {"ref_input": z, "ref_weight": ref_head.detach()}
+        kto, ref = (
+            LigerFusedLinearKTOLoss(beta=beta, compiled=x.is_cuda, use_ref_model=True),
+            {"ref_input": z, "ref_weight": ref_head.detach()},
+        )
         kappa = torch.full((), KAPPA, device=x.device)
         return kto(x, head, shifted(labels), preference_labels=desirable(labels), kl=kappa, **ref)[0]
 
@@ -207,8 +212,10 @@ HIDDEN_PROVIDERS = {
     "cce": Provider(_cce, computes="dpo"),
     "ours_kl": Provider(_ours_kl, computes="kl"),
     "fla": Provider(_fla_kl, computes="kl"),
-    "ours_simpo": Provider(_ours("LinearSimPOLoss", lambda x, head, z, ref_head, y: (x, head, y), **SIMPO), computes="simpo"),
-    "liger_simpo": Provider(_liger_simpo, computes="simpo", holds="all"),
+    "ours_simpo": Provider(
+        _ours("LinearSimPOLoss", lambda x, head, z, ref_head, y: (x, head, y), **SIMPO), computes="simpo", products=0.75
+    ),
+    "liger_simpo": Provider(_liger_simpo, computes="simpo", products=0.75, holds="all"),
     "ours_kto": Provider(_ours("LinearKTOLoss", lambda *inputs: (*inputs, desirable(inputs[-1]))), computes="kto"),
     "liger_kto": Provider(_liger_kto, computes="kto", holds="all"),
 }
