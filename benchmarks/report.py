@@ -237,9 +237,17 @@ def losses(records: Newest, computes: tuple[str, ...]) -> Table:
         time = as_time(r["ms"]["both"][1])
         return time if r["provider"] == "bare" else f"{time} ({beside_bare(r)}), {as_bytes(r['peak_bytes'])}"
 
-    names = ("bare", *(name for name, provider in HIDDEN_PROVIDERS.items() if provider.computes in computes))
-    there = {case: own for case, own in records.items() if any(name in own for name in names[1:])}
-    return by_case(there, [(f"`{name}`", name, cell) for name in names])
+    return by_case(records, [(f"`{name}`", name, cell) for name in ("bare", *who(*computes))])
+
+
+def who(*computes: str) -> list[str]:
+    """The providers of such losses."""
+    return [name for name, provider in HIDDEN_PROVIDERS.items() if provider.computes in computes]
+
+
+def cases_of(*computes: str) -> Callable[[Newest], Newest]:
+    """Chooses the cases where such a loss was measured."""
+    return lambda own: {case: found for case, found in own.items() if any(name in found for name in who(*computes))}
 
 
 TIMES_AND_MEMORY = "forward and backward from hidden states (of the bare products' time); peak memory over the inputs."
@@ -352,9 +360,9 @@ VIEWS = {
     "headline": ("logits", first, headline),
     "time": ("logits", everything, time),
     "memory": ("logits", everything, memory),
-    "hidden-all": ("hidden", everything, hidden),
-    "hidden-others": ("hidden", everything, hidden_others),
-    "hidden-family": ("hidden", everything, hidden_family),
+    "hidden-all": ("hidden", cases_of("tdpo2"), hidden),
+    "hidden-others": ("hidden", cases_of("dpo", "kl"), hidden_others),
+    "hidden-family": ("hidden", cases_of("simpo", "kto"), hidden_family),
     "hidden-phases": ("hidden", main_cases, hidden_phases),
     "summary": ("hidden", main_cases, summary),
     "accuracy": ("accuracy", everything, accuracy),
