@@ -180,25 +180,12 @@ class LinearSequenceLoss(SequenceLoss):
         extras = {name: total[:S] for name, total in zip(self.statistics, more, strict=True)}
         found = Sums(log_ratio[:S], None if kl is None else kl[:S], logp[:S], extras)
         totals = self._sequence_sums(self._found(found, counts), ref_logps)
-        return self._from_sweep(totals, losses, loss, count, extras, counts, **call)
+        return self._output(totals, count, extras, counts, swept=(losses, loss), **call)
 
     def _objective(
         self, lengths: list[int], num_tokens: Tensor, ref_logps: Tensor | None, dtype: torch.dtype, **call: Any
     ) -> tuple[list[tuple[int, int]], Objective]:
         """The sequences of each pair, and what the engine must know. A sequence without a partner goes with the number S."""
-        raise NotImplementedError
-
-    def _from_sweep(
-        self,
-        sums: SequenceSums,
-        losses: Tensor,
-        loss: Tensor,
-        count: float | Tensor | None,
-        extras: dict[str, Tensor],
-        num_tokens: Tensor,
-        **call: Any,
-    ) -> Any:
-        """The output, from sums (S,), the pairs' losses, and their sum, which carries the gradient."""
         raise NotImplementedError
 
     def _found(self, sums: Sums, num_tokens: Tensor) -> SequenceSums:
@@ -260,18 +247,6 @@ class LinearPairLoss(LinearSequenceLoss, PairLoss):
 
         scale = gain(of_log_ratios, len(lengths), dtype)
         return sequences, Objective(losses, form.kind, self.kl_slopes(), ratios, scale)  # type: ignore[arg-type]
-
-    def _from_sweep(
-        self,
-        sums: SequenceSums,
-        losses: Tensor,
-        loss: Tensor,
-        count: float | Tensor | None,
-        extras: dict[str, Tensor],
-        num_tokens: Tensor,
-        **call: Any,
-    ) -> PreferenceOutput:
-        return self._output(sums, losses, count, extras, num_tokens, loss)
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

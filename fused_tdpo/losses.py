@@ -185,6 +185,21 @@ class SequenceLoss(nn.Module):
         **call: Any,
     ) -> Any:
         """The output, from statistics of already shifted labels; `count` is what the mean divides by, the rest as it came."""
+        totals = self._totals(stats, labels, layout, token_weights, kl_weights)
+        extras = {name: layout.sum(getattr(stats, name)) for name in self.extras}
+        return self._output(self._sequence_sums(totals, ref_logps), count, extras, totals.num_tokens, **call)
+
+    def _output(
+        self,
+        sums: SequenceSums,
+        count: float | Tensor | None,
+        extras: dict[str, Tensor],
+        num_tokens: Tensor,
+        swept: tuple[Tensor, Tensor] | None = None,
+        **call: Any,
+    ) -> Any:
+        """From sums over sequences and what `token_metrics` takes. `swept`: after one pass, where sums carry no gradient, the
+        losses of the engine's pairs, and their sum, which does."""
         raise NotImplementedError
 
     def _row_weights(
@@ -301,23 +316,6 @@ class PairLoss(SequenceLoss):
         self._check_count("num_pairs", num_pairs)
         return layout
 
-    def _from_stats(
-        self,
-        stats: TokenStats,
-        labels: Tensor,
-        layout: SequenceLayout,
-        token_weights: Tensor | None = None,
-        kl_weights: Tensor | None = None,
-        ref_logps: Tensor | None = None,
-        count: float | Tensor | None = None,
-        **call: Any,
-    ) -> PreferenceOutput:
-        totals = self._totals(stats, labels, layout, token_weights, kl_weights)
-        sums = self._sequence_sums(totals, ref_logps)
-        losses = self.pair_losses(*sums.split(self.interleaved), self._mean_tokens(totals.num_tokens))
-        extras = {name: layout.sum(getattr(stats, name)) for name in self.extras}
-        return self._output(sums, losses, count, extras, totals.num_tokens)
-
     def _mean_tokens(self, num_tokens: Tensor) -> Tensor | float:
         """Of (S,) numbers of tokens, the mean of the chosen ones."""
         chosen, _ = split(num_tokens, self.interleaved)
@@ -326,13 +324,14 @@ class PairLoss(SequenceLoss):
     def _output(
         self,
         sums: SequenceSums,
-        losses: Tensor,
-        num_pairs: float | Tensor | None,
+        count: float | Tensor | None,
         extras: dict[str, Tensor],
         num_tokens: Tensor,
-        loss: Tensor | None = None,
+        swept: tuple[Tensor, Tensor] | None = None,
+        **call: Any,
     ) -> PreferenceOutput:
-        """From sums, losses (P,), what `token_metrics` takes and, where losses carry no gradient, their sum `loss`."""
+        mean_tokens = self._mean_tokens(num_tokens)
+        losses, total = swept or (self.pair_losses(*sums.split(self.interleaved), mean_tokens), None)
         pairs = max(len(losses), 1)
         chosen, rejected = sums.map(Tensor.detach).split(self.interleaved)
         chosen_rewards, rejected_rewards = (self.beta * ratio for ratio in self.reward_log_ratios(chosen, rejected))
@@ -344,11 +343,11 @@ class PairLoss(SequenceLoss):
             "logps/chosen": chosen.logp,
             "logps/rejected": rejected.logp,
         }
-        reported |= self.more_metrics(chosen, rejected, self._mean_tokens(num_tokens))
+        reported |= self.more_metrics(chosen, rejected, mean_tokens)
         if chosen.kl is not None and rejected.kl is not None:
             reported |= {"kl/chosen": chosen.kl, "kl/rejected": rejected.kl, "kl/margin": chosen.kl - rejected.kl}
         return PreferenceOutput(
-            loss=self._mean(losses, num_pairs, loss),
+            loss=self._mean(losses, count, total),
             losses=losses.detach(),
             chosen_rewards=chosen_rewards,
             rejected_rewards=rejected_rewards,

@@ -21,7 +21,7 @@ from fused_tdpo.linear_losses import LinearSequenceLoss, gain
 from fused_tdpo.losses import SequenceLoss
 from fused_tdpo.ops import linear_inputs
 from fused_tdpo.pair_losses import SequenceSums, token_metrics
-from fused_tdpo.types import TokenStats, UnpairedOutput
+from fused_tdpo.types import UnpairedOutput
 
 
 def kto_reference_point(log_ratios: Tensor) -> Tensor:
@@ -134,21 +134,6 @@ class UnpairedLoss(SequenceLoss):
         """Whether there must be one, and which numbers it may be."""
         raise NotImplementedError
 
-    def _from_stats(
-        self,
-        stats: TokenStats,
-        labels: Tensor,
-        layout: SequenceLayout,
-        token_weights: Tensor | None = None,
-        kl_weights: Tensor | None = None,
-        ref_logps: Tensor | None = None,
-        count: float | Tensor | None = None,
-        **call: Any,
-    ) -> UnpairedOutput:
-        totals = self._totals(stats, labels, layout, token_weights, kl_weights)
-        extras = {name: layout.sum(getattr(stats, name)) for name in self.extras}
-        return self._output(self._sequence_sums(totals, ref_logps), count, extras, totals.num_tokens, **call)
-
     def _losses(
         self, log_ratio: Tensor, desirable: Tensor, reference_point: float | Tensor | None, sequence_weights: Tensor | None
     ) -> Tensor:
@@ -156,19 +141,18 @@ class UnpairedLoss(SequenceLoss):
         losses = self.sequence_losses(log_ratio, desirable, _constant(reference_point))
         return losses if sequence_weights is None else losses * sequence_weights.detach().to(losses.dtype)
 
-    def _output(
+    def _output(  # type: ignore[override]
         self,
         sums: SequenceSums,
         count: float | Tensor | None,
         extras: dict[str, Tensor],
         num_tokens: Tensor,
+        swept: tuple[Tensor, Tensor] | None = None,
         *,
         desirable: Tensor,
         reference_point: float | Tensor | None,
         sequence_weights: Tensor | None,
-        loss: Tensor | None = None,
     ) -> UnpairedOutput:
-        """From sums, what `token_metrics` takes and, where sums carry no gradient, the sum `loss` of the losses."""
         losses = self._losses(sums.log_ratio, desirable, reference_point, sequence_weights)
 
         def sides(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +171,7 @@ class UnpairedLoss(SequenceLoss):
         metrics["rewards/margins"] = margin.where((counts[0] > 0) & (counts[1] > 0), 0.0)
         metrics[self.point_metric] = torch.zeros_like(margin) + _constant(reference_point)
         return UnpairedOutput(
-            loss=self._mean(losses, count, loss),
+            loss=self._mean(losses, count, None if swept is None else swept[1]),
             losses=losses.detach(),
             rewards=rewards,
             logps=logps,
@@ -237,7 +221,7 @@ class KTOLoss(UnpairedLoss):
         if self.loss_type != "kto" and point is not None:
             raise ValueError(f"loss_type={self.loss_type!r} takes no reference_point; leave it out, or use loss_type='kto'")
         if point is not None:
-            _check_point(point, lambda kappa: kappa >= 0, ">= 0, or a 0-dim tensor")
+            _check_value(point, lambda kappa: kappa >= 0, ">= 0, or a 0-dim tensor")
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -271,7 +255,7 @@ class BCOLoss(UnpairedLoss):
                 "BCO needs reference_point, its δ: halfway between the mean rewards of both kinds so far, 0.0 at first, then "
                 "updated from out.rewards after each step as the docstring of BCOLoss shows"
             )
-        _check_point(point, lambda _: True, "or a 0-dim tensor")
+        _check_value(point, lambda _: True, "or a 0-dim tensor")
 
 
 def _constant(point: float | Tensor | None) -> float | Tensor:
@@ -279,7 +263,7 @@ def _constant(point: float | Tensor | None) -> float | Tensor:
     return 0.0 if point is None else point.detach() if isinstance(point, Tensor) else point
 
 
-def _check_point(point: float | Tensor, fits: Callable[[float], bool], expected: str) -> None:
+def _check_value(point: float | Tensor, fits: Callable[[float], bool], expected: str) -> None:
     """Where looking is free: a tensor on a CPU, and nothing while dynamo traces, to which a number that changes is a symbol."""
     if not (torch.compiler.is_compiling() or (isinstance(point, Tensor) and (point.device.type != "cpu" or point.dim()))):
         check_number("reference_point", float(point.detach() if isinstance(point, Tensor) else point), fits, expected)
@@ -309,18 +293,6 @@ class LinearUnpairedLoss(LinearSequenceLoss, UnpairedLoss):
         both = torch.tensor([True, False])
         scale = gain(lambda zero: self.sequence_losses(zero, both, 0.0), 2, dtype)
         return [(s, s + 1) for s in range(0, 2 * P, 2)], Objective(losses, "sequence", self.kl_slopes(), [1.0] * P, scale)
-
-    def _from_sweep(
-        self,
-        sums: SequenceSums,
-        losses: Tensor,
-        loss: Tensor,
-        count: float | Tensor | None,
-        extras: dict[str, Tensor],
-        num_tokens: Tensor,
-        **call: Any,
-    ) -> UnpairedOutput:
-        return self._output(sums, count, extras, num_tokens, loss=loss, **call)
 
     def forward(  # type: ignore[override]
         self,
