@@ -190,10 +190,8 @@ def _liger_kto() -> Loss:
     from liger_kernel.chunked_loss import LigerFusedLinearKTOLoss
 
     def loss(beta: float, x: Tensor, head: Tensor, z: Tensor, ref_head: Tensor, labels: Tensor) -> Tensor:
-        kto, ref = (
-            LigerFusedLinearKTOLoss(beta=beta, compiled=x.is_cuda, use_ref_model=True),
-            {"ref_input": z, "ref_weight": ref_head.detach()},
-        )
+        kto = LigerFusedLinearKTOLoss(beta=beta, compiled=x.is_cuda, use_ref_model=True)
+        ref = {"ref_input": z, "ref_weight": ref_head.detach()}
         kappa = torch.full((), KAPPA, device=x.device)
         return kto(x, head, shifted(labels), preference_labels=desirable(labels), kl=kappa, **ref)[0]
 

@@ -86,10 +86,12 @@ def _problems(row: Any, strict: bool, kinds: set[bool]) -> Iterable[tuple[str, s
     for name in row:
         if "weight" in str(name) and name not in WEIGHTS:
             yield str(name), f"unknown; weights of tokens are {' and '.join(WEIGHTS)}"
-    for name in WEIGHTS:  # None is how a dataset says that this row has none
-        if row.get(name) is not None and not tokenized:
+    for name in WEIGHTS:
+        if row.get(name) is None:  # so a dataset says that this row has none
+            continue
+        if not tokenized:
             yield name, "weights are of token ids, and this row has none"
-        elif row.get(name) is not None:
+        else:
             weights, ids = _as_list(row[name]), _as_list(row.get(name.replace("weights", "ids"), ()))
             if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != len(ids):
                 yield name, f"expected a list of {len(ids)} numbers, one for each id"
